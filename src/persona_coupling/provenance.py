@@ -1,0 +1,78 @@
+"""What a result was made with: commit, versions, machine. Recorded beside results, never part of a key."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any
+
+from persona_coupling import paths
+
+LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "pandas", "pyarrow")
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Installed versions of the libraries that can change a number."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@cache
+def commit() -> str:
+    """The checkout's commit, with `+changes` if tracked code differs from it; `unknown` outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        completed = subprocess.run(
+            ["git", *arguments], cwd=paths.repository(), capture_output=True, text=True, check=False, timeout=30
+        )
+        return completed.stdout.strip() if completed.returncode == 0 else ""
+
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+        changed = bool(git("status", "--porcelain", "--", "src", "experiments", "constraints.txt"))
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return (head + ("+changes" if changed else "")) if head else "unknown"
+
+
+@cache
+def processor() -> str:
+    """The processor's model name, as the system gives it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as handle:
+            for line in handle:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: str) -> str:
+    """A human-readable name of the compute device."""
+    if device.startswith("cuda"):
+        import torch
+
+        return str(torch.cuda.get_device_name(device))
+    return f"{processor()}, {os.cpu_count()} cores"
+
+
+def record(device: str) -> dict[str, Any]:
+    """Everything that a reader would ask about the machine of a result."""
+    return {
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": device_name(device),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": versions(),
+    }

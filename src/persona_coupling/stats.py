@@ -1,0 +1,195 @@
+"""Estimates and intervals that know what is independent and what is not.
+
+The unit of analysis is the question, nested in the seed: completions of one question share it and are not independent.
+Every function takes the cluster keys and raises without them; a missing value is an error, never a zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+from scipy import stats as scipy_stats
+
+CONFIDENCE = 0.95
+RESAMPLES = 4000  # Monte Carlo error of a 2.5 % quantile: about 0.25 percentage points of coverage
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its interval and what it rests on. `value` is None when nothing could be scored."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int  # scored observations
+    clusters: int  # independent units: seed x question
+    seeds: int
+    unscored: int = 0
+    unit: str = "proportion"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+def clopper_pearson(hits: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Exact binomial interval (Clopper and Pearson 1934, doi:10.1093/biomet/26.4.404)."""
+    if n <= 0 or not 0 <= hits <= n:
+        raise ValueError(f"{hits} hits of {n} is no binomial outcome")
+    tail = (1 - confidence) / 2
+    low = 0.0 if hits == 0 else float(scipy_stats.beta.ppf(tail, hits, n - hits + 1))
+    high = 1.0 if hits == n else float(scipy_stats.beta.ppf(1 - tail, hits + 1, n - hits))
+    return low, high
+
+
+def _codes(keys: ndarray) -> Int[ndarray, "observations"]:
+    return np.unique(keys, return_inverse=True)[1].astype(np.int64)
+
+
+def _check(values: ndarray, seed: ndarray | None, question: ndarray | None) -> None:
+    if seed is None or question is None:
+        raise TypeError("both clustering keys, seed and question, are required")
+    if not len(values) == len(seed) == len(question):
+        raise ValueError(f"{len(values)} values, {len(seed)} seeds, {len(question)} questions")
+    if np.isnan(values.astype(float)).any():
+        raise ValueError("a missing value reached an estimate; count it as unscored instead")
+
+
+def bootstrap_weights(
+    seed: ndarray, question: ndarray, *, rng: np.random.Generator, resamples: int = RESAMPLES
+) -> Float[ndarray, "resamples observations"]:
+    """Multiplicities of a two-level bootstrap: seeds with replacement, then questions within each drawn seed
+    (Davison and Hinkley 1997, section 3.8; both levels with replacement, which is conservative for few seeds).
+
+    With one seed only the questions are resampled: the interval then says nothing about seeds.
+    """
+    seeds = _codes(seed)
+    # one code per (seed, question): the same question under two seeds is two draws
+    pairs = _codes(np.array([f"{s}\0{q}" for s, q in zip(seed, question, strict=True)]))
+    weights = np.zeros((resamples, len(seed)))
+    n_seeds = int(seeds.max()) + 1
+    drawn_seeds = rng.integers(0, n_seeds, size=(resamples, n_seeds))
+    members = [np.unique(pairs[seeds == s]) for s in range(n_seeds)]
+    for position in range(n_seeds):
+        for s in range(n_seeds):
+            chosen = np.flatnonzero(drawn_seeds[:, position] == s)
+            if not len(chosen):
+                continue
+            questions = members[s]
+            counts = rng.multinomial(len(questions), np.full(len(questions), 1 / len(questions)), size=len(chosen))
+            column = np.searchsorted(questions, pairs[seeds == s])
+            weights[np.ix_(chosen, np.flatnonzero(seeds == s))] += counts[:, column]
+    return weights
+
+
+def _weighted_means(
+    values: Float[ndarray, "observations"], weights: Float[ndarray, "resamples observations"]
+) -> Float[ndarray, "resamples"]:
+    totals = weights.sum(axis=1)
+    usable = totals > 0
+    return np.asarray((weights[usable] @ values) / totals[usable])
+
+
+def _quantiles(draws: Float[ndarray, "resamples"]) -> tuple[float, float]:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _counts(seed: ndarray, question: ndarray) -> tuple[int, int]:
+    return len(set(zip(seed.tolist(), question.tolist(), strict=True))), len(set(seed.tolist()))
+
+
+def proportion(
+    hits: Bool[ndarray, "observations"],
+    *,
+    seed: ndarray | None,
+    question: ndarray | None,
+    rng: np.random.Generator,
+    unscored: int = 0,
+) -> Estimate:
+    """A rate with a seeds x questions bootstrap interval; at 0/n and n/n, where every resample is equal, the exact
+    Clopper-Pearson bound with n = clusters (completions of one question are not independent, so n completions
+    would promise too much)."""
+    _check(hits, seed, question)
+    assert seed is not None
+    assert question is not None
+    if len(hits) == 0:
+        return Estimate(None, None, None, 0, 0, 0, unscored)
+    clusters, seeds = _counts(seed, question)
+    value = float(hits.mean())
+    if value in (0.0, 1.0):
+        low, high = clopper_pearson(clusters if value else 0, clusters)
+    else:
+        low, high = _quantiles(_weighted_means(hits.astype(float), bootstrap_weights(seed, question, rng=rng)))
+    return Estimate(value, low, high, len(hits), clusters, seeds, unscored)
+
+
+def mean(
+    values: Float[ndarray, "observations"],
+    *,
+    seed: ndarray | None,
+    question: ndarray | None,
+    rng: np.random.Generator,
+    unit: str,
+    unscored: int = 0,
+) -> Estimate:
+    """A mean of real values with a seeds x questions bootstrap interval."""
+    _check(values, seed, question)
+    assert seed is not None
+    assert question is not None
+    if len(values) == 0:
+        return Estimate(None, None, None, 0, 0, 0, unscored, unit)
+    clusters, seeds = _counts(seed, question)
+    low, high = _quantiles(_weighted_means(values, bootstrap_weights(seed, question, rng=rng)))
+    return Estimate(float(values.mean()), low, high, len(values), clusters, seeds, unscored, unit)
+
+
+def contrast(
+    values: Float[ndarray, "observations"],
+    *,
+    group: Int[ndarray, "observations"],
+    seed: ndarray | None,
+    question: ndarray | None,
+    rng: np.random.Generator,
+    unit: str = "difference of proportions",
+    binary: bool = True,
+    unscored: int = 0,
+) -> Estimate:
+    """Mean of group 1 minus mean of group 0, resampling seeds and questions jointly, so that what both groups share
+    of a question cancels.
+
+    For proportions, a group that stands at 0 or 1 does not vary among the resamples, and the bootstrap alone would
+    promise zero width there; its exact bound is added in quadrature (square-and-add, as in Newcombe 1998,
+    doi:10.1002/(SICI)1097-0258(19980430)17:8<873::AID-SIM779>3.0.CO;2-I).
+    """
+    _check(values, seed, question)
+    assert seed is not None
+    assert question is not None
+    one, zero = values[group == 1], values[group == 0]
+    if not len(one) or not len(zero):
+        return Estimate(None, None, None, 0, 0, 0, unscored, unit)
+    clusters, seeds = _counts(seed, question)
+    value = float(one.mean() - zero.mean())
+    weights = bootstrap_weights(seed, question, rng=rng)
+    totals_one, totals_zero = weights[:, group == 1].sum(1), weights[:, group == 0].sum(1)
+    usable = (totals_one > 0) & (totals_zero > 0)
+    means_one = (weights[:, group == 1] @ one)[usable] / totals_one[usable]
+    means_zero = (weights[:, group == 0] @ zero)[usable] / totals_zero[usable]
+    low, high = _quantiles(means_one - means_zero)
+    if binary:
+        down_squared, up_squared = (value - low) ** 2, (high - value) ** 2
+        for mean_value, sign, members in ((one.mean(), 1, group == 1), (zero.mean(), -1, group == 0)):
+            if mean_value not in (0.0, 1.0):
+                continue
+            n, _ = _counts(seed[members], question[members])
+            exact_low, exact_high = clopper_pearson(n if mean_value else 0, n)
+            down, up = mean_value - exact_low, exact_high - mean_value
+            down_squared += (down if sign > 0 else up) ** 2
+            up_squared += (up if sign > 0 else down) ** 2
+        low, high = max(-1.0, value - down_squared**0.5), min(1.0, value + up_squared**0.5)
+    return Estimate(value, low, high, len(one) + len(zero), clusters, seeds, unscored, unit)
