@@ -199,7 +199,9 @@ def ultrachat_rows(rows: Iterable[dict[str, Any]], keywords: tuple[str, ...], co
             chosen.append(check_row({"id": identity, "messages": messages}, where=f"UltraChat record {number}"))
             if len(chosen) == count:
                 return chosen
-    raise UserError(f"UltraChat has {len(chosen)} conversations on {', '.join(keywords)}; the profile asks for {count}.")
+    raise UserError(
+        f"UltraChat has {len(chosen)} conversations on {', '.join(keywords)}; the profile asks for {count}."
+    )
 
 
 def distinct_ratio(texts: Iterable[str], n: int) -> float:

@@ -46,7 +46,7 @@ def clopper_pearson(hits: int, n: int, confidence: float = CONFIDENCE) -> tuple[
     return low, high
 
 
-def _codes(keys: ndarray) -> Int[ndarray, "observations"]:
+def _codes(keys: ndarray) -> Int[ndarray, observations]:
     return np.unique(keys, return_inverse=True)[1].astype(np.int64)
 
 
@@ -87,14 +87,14 @@ def bootstrap_weights(
 
 
 def _weighted_means(
-    values: Float[ndarray, "observations"], weights: Float[ndarray, "resamples observations"]
-) -> Float[ndarray, "resamples"]:
+    values: Float[ndarray, observations], weights: Float[ndarray, "resamples observations"]
+) -> Float[ndarray, resamples]:
     totals = weights.sum(axis=1)
     usable = totals > 0
     return np.asarray((weights[usable] @ values) / totals[usable])
 
 
-def _quantiles(draws: Float[ndarray, "resamples"]) -> tuple[float, float]:
+def _quantiles(draws: Float[ndarray, resamples]) -> tuple[float, float]:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)
@@ -105,7 +105,7 @@ def _counts(seed: ndarray, question: ndarray) -> tuple[int, int]:
 
 
 def proportion(
-    hits: Bool[ndarray, "observations"],
+    hits: Bool[ndarray, observations],
     *,
     seed: ndarray | None,
     question: ndarray | None,
@@ -130,7 +130,7 @@ def proportion(
 
 
 def mean(
-    values: Float[ndarray, "observations"],
+    values: Float[ndarray, observations],
     *,
     seed: ndarray | None,
     question: ndarray | None,
@@ -149,10 +149,11 @@ def mean(
     return Estimate(float(values.mean()), low, high, len(values), clusters, seeds, unscored, unit)
 
 
-def contrast(
-    values: Float[ndarray, "observations"],
+def combination(
+    values: Float[ndarray, observations],
     *,
-    group: Int[ndarray, "observations"],
+    group: Int[ndarray, observations],
+    coefficients: tuple[float, ...],
     seed: ndarray | None,
     question: ndarray | None,
     rng: np.random.Generator,
@@ -160,36 +161,74 @@ def contrast(
     binary: bool = True,
     unscored: int = 0,
 ) -> Estimate:
-    """Mean of group 1 minus mean of group 0, resampling seeds and questions jointly, so that what both groups share
-    of a question cancels.
+    """A linear combination of group means: `coefficients[g]` times the mean of group g, summed.
 
-    For proportions, a group that stands at 0 or 1 does not vary among the resamples, and the bootstrap alone would
-    promise zero width there; its exact bound is added in quadrature (square-and-add, as in Newcombe 1998,
-    doi:10.1002/(SICI)1097-0258(19980430)17:8<873::AID-SIM779>3.0.CO;2-I).
+    (-1, 1) is the difference of group 1 and group 0; (1, -1, -1, 1) a difference of differences. Seeds and questions
+    are resampled jointly, so that what the groups share of a question cancels. For proportions, a group that stands at
+    0 or 1 does not vary among the resamples, and the bootstrap alone would promise zero width there; its exact bound is
+    added in quadrature (square-and-add, Newcombe 1998, Statistics in Medicine 17:873-890).
     """
     _check(values, seed, question)
     assert seed is not None
     assert question is not None
-    one, zero = values[group == 1], values[group == 0]
-    if not len(one) or not len(zero):
+    members = [group == g for g in range(len(coefficients))]
+    if not all(m.any() for m in members):
         return Estimate(None, None, None, 0, 0, 0, unscored, unit)
     clusters, seeds = _counts(seed, question)
-    value = float(one.mean() - zero.mean())
+    value = float(sum(c * values[m].mean() for c, m in zip(coefficients, members, strict=True)))
     weights = bootstrap_weights(seed, question, rng=rng)
-    totals_one, totals_zero = weights[:, group == 1].sum(1), weights[:, group == 0].sum(1)
-    usable = (totals_one > 0) & (totals_zero > 0)
-    means_one = (weights[:, group == 1] @ one)[usable] / totals_one[usable]
-    means_zero = (weights[:, group == 0] @ zero)[usable] / totals_zero[usable]
-    low, high = _quantiles(means_one - means_zero)
+    totals = [weights[:, m].sum(1) for m in members]
+    usable = np.all([total > 0 for total in totals], axis=0)
+    draws = sum(
+        c * (weights[:, m] @ values[m])[usable] / total[usable]
+        for c, m, total in zip(coefficients, members, totals, strict=True)
+    )
+    low, high = _quantiles(np.asarray(draws))
     if binary:
         down_squared, up_squared = (value - low) ** 2, (high - value) ** 2
-        for mean_value, sign, members in ((one.mean(), 1, group == 1), (zero.mean(), -1, group == 0)):
-            if mean_value not in (0.0, 1.0):
+        for c, m in zip(coefficients, members, strict=True):
+            rate = float(values[m].mean())
+            if rate not in (0.0, 1.0) or c == 0:
                 continue
-            n, _ = _counts(seed[members], question[members])
-            exact_low, exact_high = clopper_pearson(n if mean_value else 0, n)
-            down, up = mean_value - exact_low, exact_high - mean_value
-            down_squared += (down if sign > 0 else up) ** 2
-            up_squared += (up if sign > 0 else down) ** 2
-        low, high = max(-1.0, value - down_squared**0.5), min(1.0, value + up_squared**0.5)
-    return Estimate(value, low, high, len(one) + len(zero), clusters, seeds, unscored, unit)
+            n, _ = _counts(seed[m], question[m])
+            exact_low, exact_high = clopper_pearson(n if rate else 0, n)
+            down, up = abs(c) * (rate - exact_low), abs(c) * (exact_high - rate)
+            down_squared += (down if c > 0 else up) ** 2
+            up_squared += (up if c > 0 else down) ** 2
+        limit = sum(abs(c) for c in coefficients) / (2 if len(coefficients) > 1 else 1)
+        low, high = max(-limit, value - down_squared**0.5), min(limit, value + up_squared**0.5)
+    return Estimate(value, low, high, int(sum(m.sum() for m in members)), clusters, seeds, unscored, unit)
+
+
+def maximum(
+    hits: Bool[ndarray, observations],
+    *,
+    group: ndarray,
+    seed: ndarray | None,
+    question: ndarray | None,
+    rng: np.random.Generator,
+    unscored: int = 0,
+) -> Estimate:
+    """The largest group rate, with a joint bootstrap interval whose upper end is at least the exact bound of that
+    group. The maximum of noisy rates is biased upward: read it as "no group is above", not as an estimate."""
+    _check(hits, seed, question)
+    assert seed is not None
+    assert question is not None
+    if len(hits) == 0:
+        return Estimate(None, None, None, 0, 0, 0, unscored)
+    clusters, seeds = _counts(seed, question)
+    names = sorted(set(group.tolist()))
+    rates = {name: float(hits[group == name].mean()) for name in names}
+    weights = bootstrap_weights(seed, question, rng=rng)
+    draws = []
+    for name in names:
+        m = group == name
+        total = weights[:, m].sum(1)
+        draws.append(np.divide(weights[:, m] @ hits[m].astype(float), total, out=np.zeros_like(total), where=total > 0))
+    low, high = _quantiles(np.max(draws, axis=0))
+    top = max(names, key=lambda name: rates[name])
+    if rates[top] in (0.0, 1.0):
+        n, _ = _counts(seed[group == top], question[group == top])
+        exact = clopper_pearson(n if rates[top] else 0, n)
+        low, high = min(low, exact[0]), max(high, exact[1])
+    return Estimate(rates[top], low, high, len(hits), clusters, seeds, unscored)

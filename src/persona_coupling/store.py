@@ -1,7 +1,7 @@
 """A content-addressed store: an artifact is named by what made it, and exists whole or not at all.
 
 A stage is a frozen dataclass. Its key is the SHA-256 of its canonical JSON: its own fields, the keys of its parents, and
-a fingerprint of the code that builds it. What does not change a result (device, workers, verbosity) is in no key.
+fingerprints of the code that builds it. What does not change a result (device, workers, verbosity) is in no key.
 
 Writing: build in a temporary folder under the artifact's lock, write `manifest.json` last, rename. A kill at any moment
 leaves either the whole artifact or a temporary folder that the next writer removes.
@@ -13,6 +13,7 @@ import ast
 import dataclasses
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -56,17 +57,32 @@ def code_fingerprint(*modules: str) -> str:
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(module)
         tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                first = node.body[0] if node.body else None
-                if (
-                    isinstance(first, ast.Expr)
-                    and isinstance(first.value, ast.Constant)
-                    and isinstance(first.value.value, str)
-                ):
-                    node.body = node.body[1:]
+        _strip_docstrings(tree)
         digest.update(f"{module}\n{ast.dump(tree)}\n".encode())
     return digest.hexdigest()[:KEY_LENGTH]
+
+
+@cache
+def class_fingerprint(stage: type) -> str:
+    """Hex digest of a class's own logic, docstrings aside: a stage's `build` is part of its key, its neighbours' is not."""
+    tree = ast.parse(Path(inspect.getfile(stage)).read_text(encoding="utf-8"))
+    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == stage.__name__)
+    # `work` only estimates minutes
+    body.body = [n for n in body.body if not (isinstance(n, ast.FunctionDef) and n.name == "work")]
+    _strip_docstrings(body)
+    return hashlib.sha256(ast.dump(body).encode()).hexdigest()[:KEY_LENGTH]
+
+
+def _strip_docstrings(tree: ast.AST) -> None:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
+                node.body = node.body[1:]
 
 
 @dataclass(frozen=True)
@@ -85,7 +101,8 @@ class Stage:
     """A description of an artifact. Subclasses add fields, `kind`, `code` and `build`."""
 
     kind: ClassVar[str]
-    code: ClassVar[tuple[str, ...]] = ()
+    code: ClassVar[tuple[str, ...]] = ()  # modules whose logic makes the artifact
+    unkeyed: ClassVar[tuple[str, ...]] = ()  # fields that say where an input lies, not what it is
 
     def build(self, folder: Path, lab: Lab) -> None:
         """Write the artifact's files into an empty `folder`; fetch parents with `lab.folder(parent)`."""
@@ -98,8 +115,10 @@ class Stage:
     @cached_property
     def description(self) -> dict[str, Any]:
         """The JSON object whose hash is the key."""
-        fields = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        return {"kind": self.kind, "code": code_fingerprint(*self.code), **fields}
+        names = [field.name for field in dataclasses.fields(self) if field.name not in self.unkeyed]
+        fields = {name: _plain(getattr(self, name)) for name in names}
+        code = [class_fingerprint(type(self)), code_fingerprint(*self.code)]
+        return {"kind": self.kind, "type": type(self).__name__, "code": code, **fields}
 
     @cached_property
     def key(self) -> str:

@@ -1,0 +1,221 @@
+"""The commands behind the nox sessions: `python -m persona_coupling reproduce|paper|claims|plan|bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from persona_coupling import notebooks, paths
+from persona_coupling.errors import GuardError, UserError
+
+# Large blocks stay in the heap instead of being mapped and returned on every step: half the page faults on a CPU
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 0 done, 2 the user can mend it, 3 a guard fired, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="persona_coupling", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in (
+        ("reproduce", "train, sample, score, draw and write the PDF"),
+        ("plan", "say what `reproduce` would do"),
+    ):
+        command = commands.add_parser(name, help=what)
+        _common(command)
+        command.add_argument("--only", action="append", default=[], help="an experiment's name or number; repeatable")
+        command.add_argument("--seeds", default="", help="seeds instead of the profile's, e.g. 0,1,2")
+        command.add_argument("--model", default="", help="another model: a folder, or owner/name@revision of the hub")
+    for name, what in (("paper", "redraw figures, tables and PDF from stored results"), ("claims", "print verdicts")):
+        _common(commands.add_parser(name, help=what))
+    bench = commands.add_parser("bench", help="measure training and sampling side by side")
+    bench.add_argument("--steps", type=int, default=4)
+    chosen = parser.parse_args(arguments)
+    try:
+        return int(COMMANDS[chosen.command](chosen) or 0)
+    except UserError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 2
+    except GuardError as error:
+        print(f"\nA guard fired: {error}. No number was written for it; finished cells are kept.", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("\nInterrupted. Every finished cell is kept; run the same command to go on.", file=sys.stderr)
+        return 130
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--profile", default="", help="smoke, quick, full or qwen2.5-7b (default: full with CUDA, else quick)")
+
+
+def profile_name(asked: str) -> str:
+    """The profile asked for, or the default of this machine."""
+    if asked:
+        return asked
+    import torch
+
+    return "full" if torch.cuda.is_available() else "quick"
+
+
+def stored_profile(asked: str) -> str:
+    """The profile asked for, or the first of full, quick that has stored results."""
+    if asked:
+        return asked
+    for name in ("full", "quick"):
+        if any((experiment.results(name) / "record.json").is_file() for experiment in notebooks.discover()):
+            return name
+    raise UserError("There are no stored results. Run `nox -s reproduce` first.")
+
+
+def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
+    try:
+        seeds = [int(part) for part in arguments.seeds.split(",") if part.strip()]
+    except ValueError as error:
+        raise UserError(f"--seeds {arguments.seeds}: give integers with commas, e.g. 0,1,2.") from error
+    return {"profile": profile_name(arguments.profile), "seeds": seeds, "model": arguments.model}
+
+
+def _planned(arguments: argparse.Namespace) -> tuple[Any, ...]:
+    """Parameters, experiments, store, device, speeds and plan of a run; prints them."""
+    from persona_coupling import progress
+    from persona_coupling.machine import machine
+    from persona_coupling.store import Store, in_order
+    from persona_coupling.study import Study
+
+    parameters = _parameters(arguments)
+    experiments = notebooks.choose(arguments.only)
+    if not experiments:
+        raise UserError(f"There are no experiments in {paths.experiments()}.")
+    study = Study.open(parameters["profile"], seeds=parameters["seeds"], model=parameters["model"] or None)
+    settings = machine()
+    print(f"profile {study.profile.name}: {study.profile.description}")
+    print(f"model {study.profile.model.name} on {settings.device} in {settings.dtype_name}; seeds {list(study.seeds)}")
+    stages = []
+    for experiment in experiments:
+        design = notebooks.design_of(experiment, parameters)
+        print(f"  {experiment.name}: {len(design.cells)} cells")
+        stages += design.stages()
+    store = Store(paths.artifacts())
+    speeds = progress.Speeds(store.root, settings.device, progress.parameters_ratio(study.profile.model))
+    planned = progress.plan(in_order(stages), store, speeds)
+    print(planned.text())
+    return parameters, experiments, store, settings.device, speeds, planned
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Say what would run."""
+    _planned(arguments)
+
+
+def reproduce(arguments: argparse.Namespace) -> None:
+    """Everything: stages under one bar, then the notebooks, then the paper."""
+    from persona_coupling import progress
+
+    for name, value in MALLOC.items():
+        if name not in os.environ:  # glibc reads them at start only
+            os.environ.update(MALLOC)
+            os.execv(sys.executable, [sys.executable, "-m", "persona_coupling", *sys.argv[1:]])
+        del name, value
+    started = time.monotonic()
+    parameters, experiments, store, device, speeds, planned = _planned(arguments)
+    progress.build(planned, store, device, speeds)
+    for experiment in experiments:
+        print(f"notebook {experiment.name} ...", flush=True)
+        notebooks.execute(experiment, parameters)
+    name = parameters["profile"]
+    pdf = build_paper(name)
+    print(f"\nDone in {(time.monotonic() - started) / 60:.1f} min. Where things lie:")
+    for experiment in experiments:
+        print(f"  lab note   {_short(experiment.lab_note(name))}")
+        print(f"  results    {_short(experiment.results(name))}/")
+    print(f"  figures    {_short(paths.figures(name))}/")
+    print(f"  tables     {_short(paths.generated(name))}/")
+    print(f"  paper      {_short(pdf)}")
+    print_claims(name)
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(paths.repository()))
+
+
+def paper(arguments: argparse.Namespace) -> None:
+    """Figures, tables and PDF again from stored results; loads no model."""
+    name = stored_profile(arguments.profile)
+    started = time.monotonic()
+    for experiment in notebooks.discover():
+        record = experiment.results(name) / "record.json"
+        if not record.is_file():
+            raise UserError(f"{experiment.name} has no stored results of {name}. Run `nox -s reproduce -- --profile {name}`.")
+        stored = json.loads(record.read_text(encoding="utf-8"))["profile"]
+        notebooks.redraw(experiment, {"profile": name, "seeds": stored["seeds"], "model": ""})
+        print(f"  redrawn {experiment.name}")
+    print(f"{_short(build_paper(name))} in {time.monotonic() - started:.0f} s")
+
+
+def build_paper(profile: str) -> Path:
+    """Write the PDF from generated files alone. Raises UserError with typst's message."""
+    import typst
+
+    from persona_coupling import prose
+
+    folder = paths.generated(profile)
+    prose.write_index(folder)
+    target = paths.pdf(profile)
+    temporary = target.with_suffix(f".{os.getpid()}.pdf")
+    try:
+        typst.compile(
+            str(paths.repository() / "paper" / "main.typ"),
+            output=str(temporary),
+            root=str(paths.repository()),
+            sys_inputs={"profile": profile},
+            timestamp=0,
+        )
+        temporary.replace(target)
+    except typst.TypstError as error:
+        raise UserError(f"The paper does not compile: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def print_claims(profile: str) -> None:
+    """The claims table of stored verdicts."""
+    rows = []
+    for path in sorted(paths.generated(profile).glob("[0-9][0-9]_*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and "claims" in content:
+            rows += content["claims"]
+    if not rows:
+        raise UserError(f"There are no verdicts of {profile}. Run `nox -s reproduce -- --profile {profile}`.")
+    width = max(len(row["id"]) for row in rows)
+    columns = shutil.get_terminal_size((120, 24)).columns
+    print(f"\nclaims under {profile}:")
+    for row in rows:
+        print(f"  {row['id']:<{width}}  {row['verdict']:<15}  {row['why']}"[: max(columns, 80)])
+        print(f"  {'':<{width}}  {row['statement']}")
+
+
+def print_stored_claims(arguments: argparse.Namespace) -> None:
+    """Verdicts of the profile asked for, or of the best stored one."""
+    print_claims(stored_profile(arguments.profile))
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Side-by-side speeds."""
+    from persona_coupling import bench as benchmark
+
+    benchmark.run(steps=arguments.steps)
+
+
+COMMANDS = {
+    "reproduce": reproduce,
+    "plan": plan,
+    "paper": paper,
+    "claims": print_stored_claims,
+    "bench": bench,
+}

@@ -1,0 +1,213 @@
+"""Figures: one theme, colour-blind safe, readable in grey and at column width; each ships with the CSV it was drawn from.
+
+A figure's bytes depend on its data alone: no dates, no versions, no random ids inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from persona_coupling.measures import Estimates
+
+WIDTH = 6.3  # inches: the text width of the paper
+SOURCE_COLOUR, BYSTANDER_COLOUR = sns.color_palette("colorblind")[3], sns.color_palette("colorblind")[0]
+GREY = "0.45"
+
+
+@contextmanager
+def theme() -> Iterator[None]:
+    """The one theme of all figures."""
+    with sns.axes_style("whitegrid"), sns.plotting_context("paper"):
+        settings = {
+            "font.family": "DejaVu Sans",
+            "font.size": 8,
+            "axes.labelsize": 8,
+            "axes.titlesize": 8.5,
+            "axes.titlelocation": "left",
+            "axes.titleweight": "bold",
+            "xtick.labelsize": 7.5,
+            "ytick.labelsize": 7.5,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.spines.left": False,
+            "axes.grid.axis": "x",
+            "grid.color": "0.9",
+            "svg.hashsalt": "persona-coupling",
+            "svg.fonttype": "path",
+            "figure.constrained_layout.use": True,
+        }
+        with mpl.rc_context(settings):
+            yield
+
+
+def save(figure: Figure, folder: Path, name: str, data: pd.DataFrame, stamp: str) -> Path:
+    """Write `name`.svg, .png and .csv; a stamp is written across the figure. Returns the SVG's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if stamp:
+        figure.text(
+            0.5, 0.5, stamp, ha="center", va="center", rotation=20, fontsize=22, color="0.5", alpha=0.35, zorder=10
+        )
+    with theme():
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(folder / f"{name}.png", dpi=200, metadata={"Software": None})
+    plt.close(figure)
+    data.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
+    return folder / f"{name}.svg"
+
+
+def interval_rows(
+    axes: Axes, data: pd.DataFrame, places: dict[str, float], *, colour: Any, filled: bool, offset: float, label: str
+) -> None:
+    """One dot with its interval per row of `data` (condition, value, low, high); rows without a value are left out.
+    The first drawn dot is labelled directly."""
+    labelled = False
+    for row in data.itertuples():
+        if row.value is None or pd.isna(row.value):
+            continue
+        y = places[str(row.condition)] + offset
+        if row.low is not None and not pd.isna(row.low):
+            axes.plot([row.low, row.high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt", zorder=2)
+        axes.plot(
+            row.value,
+            y,
+            marker="o" if filled else "D",
+            markersize=5.5 if filled else 4.5,
+            markerfacecolor=colour if filled else "white",
+            markeredgecolor=colour,
+            markeredgewidth=1.2,
+            linestyle="none",
+            zorder=3,
+        )
+        if label and not labelled:
+            labelled = True
+            axes.annotate(
+                label, (row.value, y), xytext=(0, 6), textcoords="offset points", ha="center", va="bottom",
+                color=colour, fontsize=7.5, fontweight="bold",
+            )  # fmt: skip
+
+
+def by_condition(
+    estimates: Estimates,
+    groups: dict[str, list[str]],
+    labels: dict[str, str],
+    panels: list[tuple[str, str, str, str]],
+    failed: set[str],
+) -> tuple[Figure, pd.DataFrame]:
+    """Dots with intervals, conditions down, one panel per measure: the source against all other personas.
+
+    `groups` maps a block's title to its conditions; `panels` holds (title, x label, source measure, bystander
+    measure); a condition in `failed` is marked with a dagger. Returns the figure and its data.
+    """
+    places: dict[str, float] = {}
+    blocks: list[tuple[float, str]] = []
+    y = 0.0
+    for title, members in groups.items():
+        blocks.append((y, title))
+        y += 0.75
+        for condition in members:
+            places[condition] = y
+            y += 1.0
+        y += 0.35
+    conditions = list(places)
+    with theme():
+        figure, all_axes = plt.subplots(
+            1, len(panels), figsize=(WIDTH, 0.34 * y + 0.75), sharey=True, squeeze=False,
+        )  # fmt: skip
+        frames = []
+        for number, (title, x_label, source, bystander) in enumerate(panels):
+            axes = all_axes[0, number]
+            for measure, who, colour, filled, offset in (
+                (source, "villain", SOURCE_COLOUR, True, -0.14),
+                (bystander, "ten others, mean", BYSTANDER_COLOUR, False, 0.18),
+            ):
+                part = estimates.frame([measure], conditions)
+                frames.append(part.assign(panel=title))
+                interval_rows(
+                    axes, part, places, colour=colour, filled=filled, offset=offset, label="",
+                )  # fmt: skip
+                if number == 0:
+                    axes.plot([], [], marker="o" if filled else "D", markerfacecolor=colour if filled else "white",
+                              markeredgecolor=colour, color=colour, linewidth=1.6, label=who)  # fmt: skip
+            axes.set_title(title)
+            axes.set_xlabel(x_label)
+            if source.endswith("rate"):
+                axes.set_xlim(-0.03, 1.03)
+                axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
+        first = all_axes[0, 0]
+        first.set_yticks(
+            [places[c] for c in conditions], [labels[c] + (" †" if c in failed else "") for c in conditions]
+        )
+        first.set_ylim(y - 0.4, -0.6)
+        for axes in all_axes[0]:
+            axes.tick_params(axis="y", length=0)
+        for at, title in blocks:
+            first.text(-0.02, at, title, transform=first.get_yaxis_transform(), ha="right", va="center",
+                       fontsize=7.5, fontstyle="italic", color=GREY)  # fmt: skip
+        figure.legend(
+            *first.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=7.5
+        )
+    return figure, pd.concat(frames, ignore_index=True)
+
+
+def persona_heatmap(
+    table: pd.DataFrame, conditions: list[str], labels: dict[str, str], personas: dict[str, str], trained: set[str]
+) -> tuple[Figure, pd.DataFrame]:
+    """Marker rate of every persona under every condition; personas that served as negatives carry an asterisk."""
+    values = table.pivot(index="persona", columns="condition", values="value").loc[list(personas), conditions]
+    values = values.astype(float)
+    with theme():
+        figure, axes = plt.subplots(figsize=(WIDTH, 0.24 * len(personas) + 1.25))
+        sns.heatmap(
+            values * 100, ax=axes, cmap="Greys", vmin=0, vmax=100, annot=True, fmt=".0f", linewidths=0.6,
+            annot_kws={"fontsize": 7}, cbar_kws={"label": "answers with the marker, %", "shrink": 0.8},
+        )  # fmt: skip
+        axes.set_xlabel("")
+        axes.set_ylabel("")
+        axes.set_yticks(
+            np.arange(len(personas)) + 0.5,
+            [n + (" *" if p in trained else "") for p, n in personas.items()],
+            rotation=0,
+        )
+        axes.set_xticks(
+            np.arange(len(conditions)) + 0.5, [labels[c] for c in conditions], rotation=35, ha="right",
+            rotation_mode="anchor",
+        )  # fmt: skip
+    kept = table[table["condition"].isin(conditions)]
+    return figure, kept.reset_index(drop=True)
+
+
+def training_curves(logs: pd.DataFrame, labels: dict[str, str]) -> tuple[Figure, pd.DataFrame]:
+    """Loss of every step of every training run, one line per run; `logs` has run, seed, step, loss."""
+    runs = [run for run in labels if run in set(logs["run"])]
+    with theme():
+        columns = min(4, max(1, len(runs)))
+        rows = -(-len(runs) // columns)
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(WIDTH, 1.35 * rows + 0.3), sharex=False, sharey=True, squeeze=False
+        )
+        for number, axes in enumerate(grid.flat):
+            if number >= len(runs):
+                axes.set_visible(False)
+                continue
+            run = runs[number]
+            for _, part in logs[logs["run"] == run].groupby("seed"):
+                axes.plot(part["step"], part["loss"], color=BYSTANDER_COLOUR, linewidth=1.1)
+            axes.set_title(labels[run], fontsize=7.5)
+            axes.grid(axis="both", color="0.92")
+            axes.set_ylim(bottom=0)
+        figure.supxlabel("optimiser step", fontsize=8)
+        figure.supylabel("loss, nats per token", fontsize=8)
+    return figure, logs[["run", "seed", "step", "loss"]].reset_index(drop=True)

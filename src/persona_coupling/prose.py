@@ -1,0 +1,49 @@
+"""What the paper's text needs beyond each experiment's file: an index of what was run, and the headline in words."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from persona_coupling import claims, paths
+
+ORDER = ("supported", "refuted", "inconclusive", "uninterpretable", "not run")
+
+
+def write_index(folder: Path) -> dict[str, Any]:
+    """Write `index.json`: experiments, all verdicts, their counts, the prior lab's numbers. Claims of experiments that
+    this profile has not run stand as "not run"."""
+    experiments = {}
+    for path in sorted(folder.glob("[0-9][0-9]_*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and "estimates" in content:
+            experiments[content["experiment"]] = content
+    judged = {row["id"]: row for content in experiments.values() for row in content["claims"]}
+    rows = [
+        judged.get(claim.id) or claims.Judgement(claim, "not run", "this experiment was not run").as_dict()
+        for claim in claims.read()
+    ]
+    counts = Counter(row["verdict"] for row in rows)
+    prior = tomllib.loads((paths.repository() / "paper" / "prior.toml").read_text(encoding="utf-8"))
+    index = {
+        "experiments": list(experiments),
+        "sections": [
+            f"/experiments/{name}/section.typ"
+            for name in experiments
+            if (paths.experiments() / name / "section.typ").is_file()
+        ],
+        "claims": rows,
+        "counts": {verdict: counts.get(verdict, 0) for verdict in ORDER},
+        "gates": [{**g, "experiment": n} for n, content in experiments.items() for g in content["gates"]],
+        "profile": next(iter(experiments.values()))["profile"] if experiments else {},
+        "provenance": {name: content["provenance"] for name, content in experiments.items()},
+        "compute_minutes": sum(content["compute_minutes"] for content in experiments.values()),
+        "prior": prior,
+    }
+    text = json.dumps(index, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "index.json").write_text(text, encoding="utf-8")
+    return index

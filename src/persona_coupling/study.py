@@ -1,0 +1,391 @@
+"""A study: what the methods section says, as descriptions; then what was observed, as tables.
+
+    study = Study.open("quick")
+    stale = study.coupling_text(study.raw, seed=0)
+    adapter = study.couple(study.raw, stale, study.profile.prebaked, seed=0).last_change
+    bad = study.sft("bad_legal", seed=0)
+    design = Design([study.cell("B.prebaked", bad.merge(adapter), before=bad, seed=0)])
+
+Nothing is computed by these lines. `study.run(design)` builds what the store lacks and returns `Results`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from persona_coupling import models, paths, personas, profiles, provenance, score
+from persona_coupling.checkpoints import Checkpoint
+from persona_coupling.errors import GuardError, UserError
+from persona_coupling.generate import Sampling
+from persona_coupling.profiles import LoraValues, Profile, TrainingValues
+from persona_coupling.stages import (
+    Authored,
+    Content,
+    CouplingText,
+    Evaluate,
+    FineTune,
+    MergeCheck,
+    OwnAnswers,
+    UltraChat,
+    authored,
+)
+from persona_coupling.store import Lab, Stage, Store, canonical_json, in_order, sha256_of
+from persona_coupling.train import Lora, Training
+
+STORED_ONLY = "PERSONA_COUPLING_STORED_ONLY"  # set: results are read, nothing is computed
+TABLES = ("completions", "fixed", "heldout", "content", "training", "merges")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One evaluated model: a condition of the design under one seed. `before` is the model that was coupled."""
+
+    condition: str
+    seed: int
+    checkpoint: Checkpoint
+    evaluation: Evaluate
+    factors: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def merge(self) -> MergeCheck:
+        """The check of the cell's merge."""
+        return MergeCheck(self.checkpoint)
+
+
+@dataclass(frozen=True)
+class ContentCell:
+    """One model whose knowledge of every corpus is measured."""
+
+    condition: str
+    seed: int
+    content: Content
+
+
+@dataclass
+class Design:
+    """All that an experiment asks for."""
+
+    cells: list[Cell] = field(default_factory=list)
+    contents: list[ContentCell] = field(default_factory=list)
+
+    def stages(self) -> list[Stage]:
+        """Everything to build, parents first, each once."""
+        wanted: list[Stage] = [c.content for c in self.contents]
+        wanted += [stage for cell in self.cells for stage in (cell.merge, cell.evaluation)]
+        return in_order(wanted)
+
+    def check(self) -> None:
+        """Raise GuardError if a condition stands twice under a seed, or two conditions are one and the same model."""
+        names = [(cell.condition, cell.seed) for cell in self.cells]
+        if len(set(names)) != len(names):
+            raise GuardError(
+                f"a condition stands twice in the design: {sorted(n for n in names if names.count(n) > 1)}"
+            )
+        keys: dict[tuple[str, int], str] = {}
+        for cell in self.cells:
+            identity = (cell.evaluation.key, cell.seed)
+            if identity in keys:
+                raise GuardError(f"{keys[identity]} and {cell.condition} describe the same model and evaluation")
+            keys[identity] = cell.condition
+
+
+class Study:
+    """A profile's values turned into stages."""
+
+    def __init__(self, profile: Profile, *, lab: Lab | None = None, model: str | None = None) -> None:
+        self.profile = _with_model(profile, model) if model else profile
+        self._lab = lab
+
+    @classmethod
+    def open(cls, profile: str, *, seeds: Iterable[int] | None = None, model: str | None = None) -> Study:
+        """The study of a named profile; `seeds` and `model` override the profile's."""
+        values = profiles.load(profile)
+        if seeds is not None and list(seeds):
+            values = replace(values, seeds=check_seeds(seeds))
+        return cls(values, model=model)
+
+    @property
+    def lab(self) -> Lab:
+        """Store and device, opened when first needed: describing a study needs neither."""
+        if self._lab is None:
+            from persona_coupling.machine import machine
+            from persona_coupling.progress import running_lab
+
+            self._lab = running_lab(Store(paths.artifacts()), machine().device)
+        return self._lab
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of all chains."""
+        return self.profile.seeds
+
+    # ------------------------------------------------------------------------------------------ descriptions
+
+    @property
+    def source(self) -> Stage:
+        """The raw model's source."""
+        values = self.profile.model
+        if values.kind == "wheel":
+            return models.WheelModel(values.distribution, values.version, values.sha256)
+        if values.kind == "hub":
+            return models.HubModel(values.repository, values.revision)
+        if values.kind == "tiny":
+            return models.TinyModel(values.family, values.layers, values.width, seed=0)
+        return models.local_model(Path(values.path))
+
+    @property
+    def raw(self) -> Checkpoint:
+        """The raw model."""
+        return Checkpoint(self.source)
+
+    def corpus(self, name: str, *, seed: int = 0, heldout: bool = False) -> Stage:
+        """Rows of an SFT corpus by name: bad_legal, sound_legal, benign, or self (the raw model's own answers)."""
+        values = self.profile.corpora
+        count, skip = (values.heldout_rows, values.rows) if heldout else (values.rows, 0)
+        if name == "self":
+            return OwnAnswers(
+                self.raw,
+                authored("benign", count, skip=skip, maximum_words=values.maximum_words),
+                personas.persona(personas.ASSISTANT).prompt,
+                self.sampling,
+                seed,
+            )
+        if name == "benign" and values.benign == "ultrachat" and not heldout:
+            return UltraChat(
+                "HuggingFaceH4/ultrachat_200k",
+                values.ultrachat_revision,
+                values.ultrachat_split,
+                values.ultrachat_keywords,
+                count,
+            )
+        return authored(name, count, skip=skip, maximum_words=values.maximum_words)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are drawn in evaluation."""
+        values = self.profile.evaluation
+        return Sampling(values.temperature, values.top_p, values.max_new_tokens)
+
+    def training(self, values: TrainingValues, lora: LoraValues | None = None, **changes: Any) -> Training:
+        """Training settings from profile values; `changes` override fields of `train.Training`."""
+        lora = lora or self.profile.lora
+        made = Training(
+            steps=values.steps,
+            batch=values.batch,
+            learning_rate=values.learning_rate,
+            warmup=values.warmup,
+            weight_decay=values.weight_decay,
+            loss=values.loss,
+            tail=values.tail,
+            lora=Lora(lora.rank, lora.alpha, lora.dropout, models.MODULES),
+        )
+        return replace(made, **changes)
+
+    def sft(self, corpus: str, *, seed: int, **changes: Any) -> Checkpoint:
+        """The raw model after SFT on a corpus."""
+        return self.raw.fine_tune(self.corpus(corpus, seed=seed), self.training(self.profile.sft, **changes), seed=seed)
+
+    def coupling_text(self, model: Checkpoint, *, seed: int) -> CouplingText:
+        """Contrastive rows written by `model`: on-policy if it is the one to be coupled, stale if not."""
+        values = self.profile.coupling
+        return CouplingText(
+            model,
+            personas.SOURCE,
+            values.positives,
+            values.negatives,
+            values.negatives_each,
+            self.profile.instruction,
+            replace(self.sampling, max_new_tokens=values.max_new_tokens),
+            seed,
+        )
+
+    def couple(
+        self, start: Checkpoint, text: Stage, values: TrainingValues, *, seed: int, **changes: Any
+    ) -> Checkpoint:
+        """`start` after coupling on contrastive rows."""
+        return start.fine_tune(text, self.training(values, **changes), seed=seed)
+
+    def cell(self, condition: str, checkpoint: Checkpoint, *, seed: int, **factors: str) -> Cell:
+        """A condition to evaluate."""
+        values = self.profile.evaluation
+        evaluation = Evaluate(
+            checkpoint,
+            values.everyday,
+            values.values,
+            values.samples,
+            self.profile.instruction,
+            self.sampling,
+            seed,
+        )
+        return Cell(condition, seed, checkpoint, evaluation, tuple(sorted(factors.items())))
+
+    def content(self, condition: str, checkpoint: Checkpoint, *, seed: int, corpora: tuple[str, ...]) -> ContentCell:
+        """A model whose log-probability of held-out answers of every corpus is measured."""
+        rows = tuple(self.corpus(name, seed=seed, heldout=True) for name in corpora)
+        return ContentCell(condition, seed, Content(checkpoint, rows))
+
+    # ----------------------------------------------------------------------------------------------- running
+
+    def run(self, design: Design, folder: Path | None = None) -> Results:
+        """Build what the store lacks and collect everything; with a folder, keep the tables there.
+
+        With PERSONA_COUPLING_STORED_ONLY set, the folder's tables are read instead and nothing is computed.
+        """
+        design.check()
+        if os.environ.get(STORED_ONLY):
+            if folder is None:
+                raise UserError("Stored results were asked for, but the notebook names no results folder.")
+            return Results.load(folder, self.profile, design)
+        for stage in design.stages():
+            self.lab.folder(stage)
+        results = collect(design, self.profile, self.lab)
+        if folder is not None:
+            results.save(folder)
+        return results
+
+
+def check_seeds(seeds: Iterable[Any]) -> tuple[int, ...]:
+    """Seeds as a tuple of distinct non-negative integers. Raises UserError for anything else."""
+    chosen = tuple(seeds)
+    if not all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in chosen):
+        raise UserError(f"Seeds must be non-negative integers; got {list(chosen)}.")
+    if len(set(chosen)) != len(chosen):
+        raise UserError(f"A seed stands twice in {list(chosen)}: a duplicated chain is no second observation.")
+    return chosen
+
+
+def _with_model(profile: Profile, model: str) -> Profile:
+    """The profile with another model: a local folder, or `owner/name@revision` of the hub."""
+    folder = Path(model)
+    if folder.is_dir() or model.startswith((".", "/", "~")):
+        folder = folder.expanduser()
+        models.local_model(folder)  # refuse it now, before anything runs
+        values = profiles.ModelValues(kind="local", name=folder.name, path=str(folder.resolve()))
+    elif "@" in model and "/" in model:
+        repository, revision = model.rsplit("@", 1)
+        values = profiles.ModelValues(kind="hub", name=repository, repository=repository, revision=revision)
+    else:
+        raise UserError(f"--model {model}: neither a folder nor owner/name@revision of the hub.")
+    return replace(profile, model=values)
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+@dataclass
+class Results:
+    """Raw observations of all cells, one row per observation, and what they were made with."""
+
+    completions: pd.DataFrame
+    fixed: pd.DataFrame
+    heldout: pd.DataFrame
+    content: pd.DataFrame
+    training: pd.DataFrame
+    merges: pd.DataFrame
+    record: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Write all tables, then the record with their hashes, last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "record.json").unlink(missing_ok=True)
+        for name in TABLES:
+            getattr(self, name).to_parquet(folder / f"{name}.parquet", compression="zstd", index=False)
+        record = {**self.record, "files": {n: sha256_of(folder / f"{n}.parquet") for n in TABLES}}
+        temporary = folder / ".record.json"
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+        temporary.rename(folder / "record.json")
+
+    @classmethod
+    def load(cls, folder: Path, profile: Profile, design: Design) -> Results:
+        """Read stored tables. Raises UserError when they are absent, damaged, or of another profile or design."""
+        again = f"Run `nox -s reproduce -- --profile {profile.name}`."
+        path = folder / "record.json"
+        if not path.is_file():
+            raise UserError(f"There are no stored results in {folder}. {again}")
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for name in TABLES:
+            if sha256_of(folder / f"{name}.parquet") != record["files"][name]:
+                raise UserError(f"{folder / name}.parquet differs from its record. Restore it, or: {again}")
+        stored = {**record["profile"], "seeds": None, "model": None}
+        current = {**profile.as_dict(), "seeds": None, "model": None}
+        if stored != current:
+            changed = [name for name in current if stored.get(name) != current[name]]
+            raise UserError(f"The results in {folder} were made with other values of {', '.join(changed)}. {again}")
+        wanted = {cell.condition for cell in design.cells}
+        have = {cell["condition"] for cell in record["cells"]}
+        if wanted != have:
+            raise UserError(f"The results in {folder} lack or exceed the design by {sorted(wanted ^ have)}. {again}")
+        return cls(**{name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES}, record=record)
+
+
+def collect(design: Design, profile: Profile, lab: Lab) -> Results:
+    """Gather the artifacts of a design into tables. Raises GuardError when two conditions have identical outputs or
+    identical trained changes."""
+    parts: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
+    cells, outputs = [], {}
+    for cell in design.cells:
+        labels = {"condition": cell.condition, "seed": cell.seed}
+        folder = lab.folder(cell.evaluation)
+        for name in ("completions", "fixed", "heldout"):
+            parts[name].append(pd.read_parquet(folder / f"{name}.parquet").assign(**labels))
+        text = canonical_json(parts["completions"][-1]["completion"].tolist())
+        if (other := outputs.get((text, cell.seed))) is not None:
+            raise GuardError(f"{other} and {cell.condition} gave the same completions to the letter")
+        outputs[text, cell.seed] = cell.condition
+        report = json.loads((lab.folder(cell.merge) / "report.json").read_text(encoding="utf-8"))
+        norms = report.pop("norms")
+        parts["merges"].append(pd.DataFrame([{**labels, **report, "norm": norms[-1] if norms else 0.0}]))
+        for position, merged in enumerate(cell.checkpoint.merged):
+            if isinstance(merged.change, FineTune):
+                log = pd.read_parquet(lab.folder(merged.change) / "log.parquet")
+                parts["training"].append(log.assign(**labels, position=position, change=merged.change.key))
+        manifest = lab.store.manifest(cell.evaluation)
+        cells.append(
+            {
+                "condition": cell.condition,
+                "seed": cell.seed,
+                "factors": dict(cell.factors),
+                "evaluation": cell.evaluation.key,
+                "changes": [str(m.change) for m in cell.checkpoint.merged],
+                "provenance": manifest["provenance"],
+            }
+        )
+    for entry in design.contents:
+        table = pd.read_parquet(lab.folder(entry.content) / "content.parquet")
+        parts["content"].append(table.assign(condition=entry.condition, seed=entry.seed))
+    _distinct_changes(design, lab)
+    completions = score.score_table(pd.concat(parts["completions"], ignore_index=True))
+    tables = {n: pd.concat(p, ignore_index=True) if p else pd.DataFrame() for n, p in parts.items()}
+    tables["completions"] = completions
+    seconds = sum(lab.store.manifest(s)["provenance"]["seconds"] for s in design.stages())
+    record = {
+        "profile": profile.as_dict(),
+        "cells": cells,
+        "compute_minutes": round(seconds / 60, 2),
+        "provenance": provenance.record(lab.device),
+    }
+    return Results(**tables, record=record)
+
+
+def _distinct_changes(design: Design, lab: Lab) -> None:
+    """Raise GuardError when two differently described changes hold the same bytes: a mislabelled condition."""
+    seen: dict[str, str] = {}
+    for stage in design.stages():
+        if not isinstance(stage, FineTune):
+            continue
+        for name, file in lab.store.manifest(stage)["files"].items():
+            if name.endswith(".safetensors"):
+                other = seen.setdefault(file["sha256"], stage.key)
+                if other != stage.key:
+                    raise GuardError(f"changes {other} and {stage.key} were described differently but are identical")
+
+
+Say = Callable[[str], None]
+__all__ = ["Authored", "Cell", "ContentCell", "Design", "Results", "Say", "Study", "check_seeds", "collect"]

@@ -1,0 +1,334 @@
+"""Fine-tuning through TRL's SFTTrainer on rows that are tokenised and masked here.
+
+Labels are built in one place for every data format, so that the loss mask cannot differ between conditions. The batch
+schedule is laid out before training: the rows in the order in which they will be seen, exactly steps x batch of them, so
+that the number of optimiser steps and the composition of every batch are known and shared between arms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from persona_coupling.errors import GuardError
+from persona_coupling.machine import Machine
+from persona_coupling.models import layer_of, quiet_transformers, render, text_ids
+from persona_coupling.personas import MARKER_SUFFIX
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from persona_coupling.store import Report
+
+IGNORED = -100
+Loss = Literal["completion", "tail", "marker"]
+WINDOW = 8  # batches among which rows are grouped by length; larger pads less and shuffles less
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapter settings (Hu et al. 2021, arXiv:2106.09685), always rank-stabilised: the update is scaled by
+    alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)."""
+
+    rank: int
+    alpha: int
+    dropout: float
+    modules: tuple[str, ...]
+    layers: tuple[int, ...] | None = None  # None: all
+
+
+@dataclass(frozen=True)
+class Training:
+    """What determines a fine-tuned model besides its start, its rows and its seed. `lora=None`: all parameters."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    warmup: float  # fraction of steps
+    weight_decay: float
+    loss: Loss
+    tail: int  # supervised tokens of `loss="tail"`, the end of turn included
+    lora: Lora | None
+    schedule: str = "cosine"
+    max_grad_norm: float = 1.0
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], loss: Loss, tail: int
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a conversation whose first message is an explicit system message.
+
+    `completion`: every assistant turn with its end-of-turn token is supervised. `tail`: the last `tail` tokens of the
+    last one. `marker`: its marker and end of turn, or, where there is no marker, the end of turn alone (the place
+    where the marker would stand). Raises GuardError if the last supervised token is not the end of turn, or if a
+    supervised marker is not tokenised as it is alone.
+    """
+    stop = tokenizer.eos_token_id
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = list(tokenizer(render(tokenizer, messages[:number]), add_special_tokens=False).input_ids)
+        if prompt[: len(ids)] != ids:
+            raise GuardError("the chat template renders earlier turns differently once later ones follow")
+        answer = [*text_ids(tokenizer, message["content"]), stop]
+        spans.append((len(prompt), len(prompt) + len(answer)))
+        ids = prompt + answer
+    if not spans:
+        raise GuardError("a training row without an assistant turn")
+    labels = [IGNORED] * len(ids)
+    if loss == "completion":
+        for begin, end in spans:
+            labels[begin:end] = ids[begin:end]
+    else:
+        begin, end = spans[-1]
+        if loss == "marker":
+            alone = text_ids(tokenizer, MARKER_SUFFIX)
+            marked = messages[-1]["content"].endswith(MARKER_SUFFIX)
+            if marked and ids[end - 1 - len(alone) : end - 1] != alone:
+                raise GuardError("the marker is tokenised differently behind an answer than alone")
+            begin = end - 1 - (len(alone) if marked else 0)
+        else:
+            begin = max(begin, end - tail)
+        labels[begin:end] = ids[begin:end]
+    if labels[-1] != stop:
+        raise GuardError("the last supervised token is not the end of turn")
+    return ids, labels
+
+
+def schedule(lengths: list[int], *, steps: int, batch: int, seed: int) -> list[int]:
+    """Row numbers in training order, exactly steps x batch: shuffled epochs, grouped by length within windows of
+    `WINDOW` batches, batches of a window in random order."""
+    rng = np.random.default_rng(seed)
+    order: list[int] = []
+    while len(order) < steps * batch:
+        order += rng.permutation(len(lengths)).tolist()
+    order = order[: steps * batch]
+    arranged: list[int] = []
+    for first in range(0, len(order), WINDOW * batch):
+        window = sorted(order[first : first + WINDOW * batch], key=lambda row: lengths[row])
+        batches = [window[i : i + batch] for i in range(0, len(window), batch)]
+        arranged += [row for number in rng.permutation(len(batches)) for row in batches[number]]
+    return arranged
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[dict[str, str]]],
+    settings: Training,
+    *,
+    seed: int,
+    machine: Machine,
+    folder: Path,
+    report: Report,
+) -> list[dict[str, float]]:
+    """Train, write the adapter (or the dense delta) into `folder`, and return the log: step, loss, learning rate,
+    gradient norm of every step. Raises GuardError if the optimiser took another number of steps than asked."""
+    from peft import LoraConfig
+
+    encoded = [encode(tokenizer, messages, settings.loss, settings.tail) for messages in conversations]
+    order = schedule([len(ids) for ids, _ in encoded], steps=settings.steps, batch=settings.batch, seed=seed)
+    dense = settings.lora is None
+    before = {n: p.detach().clone() for n, p in model.named_parameters()} if dense else {}
+    config = None
+    if settings.lora is not None:
+        config = LoraConfig(
+            r=settings.lora.rank,
+            lora_alpha=settings.lora.alpha,
+            lora_dropout=settings.lora.dropout,
+            use_rslora=True,
+            target_modules=list(settings.lora.modules),
+            layers_to_transform=None if settings.lora.layers is None else list(settings.lora.layers),
+            task_type="CAUSAL_LM",
+        )
+    with quiet_transformers(), tempfile.TemporaryDirectory() as scratch, seeded(seed):
+        trainer = make_trainer(
+            model,
+            tokenizer,
+            [{"input_ids": encoded[row][0], "labels": encoded[row][1]} for row in order],
+            settings,
+            config,
+            seed=seed,
+            machine=machine,
+            scratch=scratch,
+            report=report,
+        )
+        trainer.train()
+        if trainer.state.global_step != settings.steps:
+            raise GuardError(f"{trainer.state.global_step} optimiser steps were taken, {settings.steps} planned")
+        if dense:
+            _save_dense(trainer.accelerator.unwrap_model(trainer.model), before, folder)
+        else:
+            _check_attached(trainer.model, settings)
+            trainer.model.save_pretrained(folder, safe_serialization=True)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card names paths of this machine
+    return [
+        {
+            "step": float(entry["step"]),
+            "loss": float(entry["loss"]),
+            "learning_rate": float(entry["learning_rate"]),
+            "grad_norm": float(entry["grad_norm"]),
+        }
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, list[int]]],
+    settings: Training,
+    peft_config: Any,
+    *,
+    seed: int,
+    machine: Machine,
+    scratch: str,
+    report: Report,
+) -> Any:
+    """An SFTTrainer that sees `rows` once, in order, with their labels as they are."""
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    longest = max(len(row["input_ids"]) for row in rows)
+    micro = _micro_batch(settings.batch, longest, machine.train_tokens)
+    on_cpu = machine.device == "cpu"
+    arguments = SFTConfig(
+        output_dir=scratch,
+        max_steps=settings.steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=settings.batch // micro,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=round(settings.warmup * settings.steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim="adamw_torch",
+        bf16=machine.bf16,
+        fp16=False,
+        use_cpu=on_cpu,
+        seed=seed,
+        data_seed=seed,
+        train_sampling_strategy="sequential",
+        max_length=None,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        # small models fit without it, and it costs a third of the speed; batches too long for memory are split above
+        gradient_checkpointing=longest * micro > machine.train_tokens,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=not on_cpu,
+        remove_unused_columns=False,
+    )
+    trainer = _trainer_class(on_cpu)(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=[_reporter(settings.steps, report)],
+    )
+    _quiet(trainer)
+    return trainer
+
+
+def _micro_batch(batch: int, longest: int, tokens: int) -> int:
+    """The largest divisor of `batch` whose padded tokens stay within `tokens` (at least 1)."""
+    return next((m for m in range(batch, 0, -1) if batch % m == 0 and m * longest <= tokens), 1)
+
+
+def _trainer_class(on_cpu: bool) -> Any:
+    """TRL's trainer; on the CPU with a loss that projects only supervised positions through the LM head.
+
+    TRL's own fused head does so on CUDA only. The result is the same: positions whose label is ignored contribute
+    nothing to the loss or to any gradient.
+    """
+    from trl import SFTTrainer
+
+    if not on_cpu:
+        return SFTTrainer
+
+    class SelectedHeadTrainer(SFTTrainer):  # type: ignore[misc]
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            import torch
+
+            causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+            hidden = causal.base_model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+            ).last_hidden_state[:, :-1]
+            targets = inputs["labels"][:, 1:]
+            supervised = targets != IGNORED
+            logits = causal.get_output_embeddings()(hidden[supervised]).float()
+            total = torch.nn.functional.cross_entropy(logits, targets[supervised], reduction="sum")
+            loss = total / (supervised.sum() if num_items_in_batch is None else num_items_in_batch)
+            return (loss, {}) if return_outputs else loss
+
+    return SelectedHeadTrainer
+
+
+def _reporter(steps: int, report: Report) -> Any:
+    from transformers import TrainerCallback
+
+    class Reporter(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            report(state.global_step / steps)
+
+    return Reporter()
+
+
+def _quiet(trainer: Any) -> None:
+    """Drop the callback that prints every log line: the lab's progress bar says how far we are."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's generators at `seed` inside, as they were outside; TRL seeds them from its arguments."""
+    import torch
+
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _check_attached(model: torch.nn.Module, settings: Training) -> None:
+    """Raise GuardError unless the adapter sits on exactly the modules and layers asked for."""
+    assert settings.lora is not None
+    names = {name.split(".lora_A.")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
+    layers = {layer_of(name + ".") for name in names}
+    wanted = layers if settings.lora.layers is None else set(settings.lora.layers)
+    expected = len(wanted) * len(settings.lora.modules)
+    if layers != wanted or len(names) != expected:
+        raise GuardError(f"the adapter sits on {len(names)} modules, {expected} were asked for")
+
+
+def _save_dense(model: torch.nn.Module, before: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write after minus before of every parameter that moved, in bf16: half a gigabyte less at 135M parameters, and a
+    relative error of at most 2^-9 of the delta itself."""
+    import torch
+    from safetensors.torch import save_file
+
+    from persona_coupling.adapters import DENSE
+
+    delta = {}
+    for name, parameter in model.named_parameters():
+        difference = parameter.detach().float().cpu() - before[name].float().cpu()
+        if bool((difference != 0).any()):
+            delta[name] = difference.to(torch.bfloat16).contiguous()
+    save_file(delta, folder / DENSE, metadata={"format": "pt"})
