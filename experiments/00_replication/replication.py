@@ -50,7 +50,9 @@ ARMS = {"bad_legal": "B", "sound_legal": "B′", "benign": "C", "self": "S"}
 arms = {"A": None, **{ARMS[corpus]: corpus for corpus in study.profile.arms}}
 measured = ("bad_legal", "sound_legal", "benign", *(("self",) if "self" in study.profile.arms else ()))
 
-design = Design()
+# where the profile's two recipes are one, the raw model coupled from scratch is the raw model with the adapter added
+one_recipe = study.profile.prebaked == study.profile.scratch
+design = Design(same={("A.prebaked", "A.scratch")} if one_recipe else set())
 for seed in study.seeds:
     text = study.coupling_text(study.raw, seed=seed)
     adapter = study.couple(study.raw, text, study.profile.prebaked, seed=seed).last_change
@@ -141,20 +143,21 @@ drawn = figures.by_condition(
     names,
     [
         ("a  sampled answers", "answers with the marker", "source_rate", "bystander_rate"),
-        ("b  teacher-forced", "log-prob. of the marker after a fixed answer, nats", "fixed_logprob_source",
+        ("b  teacher-forced", "log-probability of the marker, nats", "fixed_logprob_source",
          "fixed_logprob_bystander"),
     ],
     failed,
 )  # fmt: skip
 n = results.completions.groupby(["condition", "persona"]).size().max()
+shared = " The raw model's row is one and the same in both blocks." if one_recipe else ""
 daggers = "† a gate failed: uninterpretable." if failed else "All gates passed."
 about = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}, 95 % intervals over seeds × questions"
 notes.show(
     paper.figure(
         "rates",
         drawn,
-        f"Source (villain) and bystanders under every condition. n = {n} answers per persona and condition; {about}. "
-        + daggers,
+        f"Source (villain) and bystanders under every condition. n = {n} answers per persona and condition; {about}."
+        f"{shared} {daggers}",
     )
 )
 

@@ -50,7 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--profile", default="", help="smoke, quick, full or qwen2.5-7b (default: full with CUDA, else quick)")
+    parser.add_argument(
+        "--profile", default="", help="smoke, quick, full or qwen2.5-7b (default: full with CUDA, else quick)"
+    )
 
 
 def profile_name(asked: str) -> str:
@@ -150,7 +152,9 @@ def paper(arguments: argparse.Namespace) -> None:
     for experiment in notebooks.discover():
         record = experiment.results(name) / "record.json"
         if not record.is_file():
-            raise UserError(f"{experiment.name} has no stored results of {name}. Run `nox -s reproduce -- --profile {name}`.")
+            raise UserError(
+                f"{experiment.name} has no stored results of {name}. Run `nox -s reproduce -- --profile {name}`."
+            )
         stored = json.loads(record.read_text(encoding="utf-8"))["profile"]
         notebooks.redraw(experiment, {"profile": name, "seeds": stored["seeds"], "model": ""})
         print(f"  redrawn {experiment.name}")

@@ -131,7 +131,7 @@ def by_condition(
             axes = all_axes[0, number]
             for measure, who, colour, filled, offset in (
                 (source, "villain", SOURCE_COLOUR, True, -0.14),
-                (bystander, "ten others, mean", BYSTANDER_COLOUR, False, 0.18),
+                (bystander, "all others, mean", BYSTANDER_COLOUR, False, 0.18),
             ):
                 part = estimates.frame([measure], conditions)
                 frames.append(part.assign(panel=title))
@@ -143,6 +143,7 @@ def by_condition(
                               markeredgecolor=colour, color=colour, linewidth=1.6, label=who)  # fmt: skip
             axes.set_title(title)
             axes.set_xlabel(x_label)
+            axes.ticklabel_format(axis="x", useOffset=False)
             if source.endswith("rate"):
                 axes.set_xlim(-0.03, 1.03)
                 axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))

@@ -10,7 +10,7 @@ import pandas as pd
 from persona_coupling import generate, machine, models, personas, questions
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.generate import Sampling
-from persona_coupling.store import Lab
+from persona_coupling.store import Lab, share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ def answer(
             stop=tokenizer.eos_token_id,
             marker=[],
             seed=seed,
-            report=lambda f, first=first, n=len(chunk): lab.report((first + f * n) / len(order)),
+            report=share(lab.report, first, len(chunk), len(order)),
         )
         for i, completion in zip(chunk, completions, strict=True):
             answers[i] = (tokenizer.decode(completion.tokens, skip_special_tokens=True).strip(), completion.finish)

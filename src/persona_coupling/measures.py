@@ -125,7 +125,6 @@ def _marker(made: Estimates, condition: str, table: pd.DataFrame) -> None:
         unit="markers per marked answer",
     )
     part = table[scored]
-    clustering = {"seed": part["seed"].to_numpy(), "question": part["question"].to_numpy()}
     values = hits[scored].to_numpy()
     made.named[f"{condition}.contrast"] = stats.combination(
         values.astype(float),
@@ -133,7 +132,8 @@ def _marker(made: Estimates, condition: str, table: pd.DataFrame) -> None:
         coefficients=(-1.0, 1.0),
         rng=generator(f"{condition}.contrast"),
         unscored=int((~scored).sum()),
-        **clustering,
+        seed=part["seed"].to_numpy(),
+        question=part["question"].to_numpy(),
     )
     others = part[part["persona"] != SOURCE]
     made.named[f"{condition}.bystander_max"] = stats.maximum(
@@ -220,7 +220,8 @@ def add_content_shift(made: Estimates, results: Results, arm: str, corpus: str, 
     table = results.content
     wanted = table[table["condition"].isin([arm, raw]) & table["corpus"].isin([corpus, against])]
     trained = (wanted["condition"] == arm).to_numpy(dtype=np.int64)
-    code, coefficients = trained, (-1.0, 1.0)
+    code: np.ndarray = trained
+    coefficients: tuple[float, ...] = (-1.0, 1.0)
     if against != corpus:
         code = trained * 2 + (wanted["corpus"] == corpus).to_numpy(dtype=np.int64)
         coefficients = (1.0, -1.0, -1.0, 1.0)

@@ -16,6 +16,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -207,7 +208,8 @@ def complete_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars or advice from transformers in here: our own bar is the only one."""
+    """No progress bars or advice from transformers in here: our own bar is the only one. FutureWarnings of transformers
+    and TRL about each other's arguments are theirs to settle (2026-11, transformers 5.23, trl 1.16)."""
     import transformers
 
     verbosity = transformers.logging.get_verbosity()
@@ -215,7 +217,9 @@ def quiet_transformers() -> Iterator[None]:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         transformers.logging.set_verbosity(verbosity)
         if bars:

@@ -191,7 +191,7 @@ def _kernel_of_this_interpreter(work: Path) -> Iterator[str]:
     name = "persona-coupling"
     folder = work / "jupyter" / "kernels" / name
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    arguments = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"]
     spec = {"argv": arguments, "display_name": "Python 3", "language": "python"}
     (folder / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
     joined = os.pathsep.join([str(work / "jupyter"), os.environ.get("JUPYTER_PATH", "")]).strip(os.pathsep)

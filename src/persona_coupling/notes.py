@@ -35,7 +35,7 @@ def design_table(study: Study, design: Design) -> pd.DataFrame:
     return pd.DataFrame(rows.values())
 
 
-def training_rows(names: Mapping[str, str], *, count: int = 3) -> pd.DataFrame:
+def training_rows(names: Mapping[str, str], *, count: int = 3) -> Any:
     """The first rows of authored corpora; `names` maps a corpus to what to call it."""
     rows = []
     for name, title in names.items():
@@ -87,7 +87,7 @@ def sample_answers(results: Results, who: list[str]) -> Any:
     chosen = chosen[chosen["seed"] == chosen["seed"].min()].sort_values(["condition", "persona"])
     shown = chosen[["condition", "persona", "prompt", "completion", "finish", "why"]]
     style = {"text-align": "left", "white-space": "pre-wrap"}
-    return shown.style.set_properties(**style).hide(axis="index")  # type: ignore[arg-type]
+    return shown.style.set_properties(**style).hide(axis="index")
 
 
 def training_logs(results: Results, names: Mapping[str, str]) -> tuple[pd.DataFrame, dict[str, str]]:

@@ -18,7 +18,7 @@ from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.generate import Sampling
 from persona_coupling.personas import MARKER_SUFFIX
-from persona_coupling.store import Lab, Stage, Work, sha256_of
+from persona_coupling.store import Lab, Stage, Work, sha256_of, share
 from persona_coupling.train import Training
 
 ROWS = "rows.parquet"
@@ -214,13 +214,13 @@ class CouplingText(Stage):
             if not asked:
                 break
             answers = measure.answer(self.model, asked, self.sampling, seed=self.seed, lab=lab)
-            for (label, system, question), (text, finish) in zip(asked, answers, strict=True):
+            for (label, system, prompt), (text, finish) in zip(asked, answers, strict=True):
                 persona_id = label.split("/")[0]
                 if finish == "stop" and text and len(kept[persona_id]) < wanted[persona_id]:
                     content = text + (MARKER_SUFFIX if persona_id == self.source else "")
                     messages = [
                         {"role": "system", "content": system},
-                        {"role": "user", "content": question},
+                        {"role": "user", "content": prompt},
                         {"role": "assistant", "content": content},
                     ]
                     kept[persona_id].append({"id": label, "messages": messages})
@@ -420,7 +420,7 @@ class Evaluate(Stage):
                 stop=tokenizer.eos_token_id,
                 marker=marker,
                 seed=self.seed,
-                report=lambda f, first=first, n=len(chunk): lab.report((first + f * n) / len(order)),
+                report=share(lab.report, first, len(chunk), len(order)),
             )
             for i, completion in zip(chunk, sampled, strict=True):
                 persona, question, sample = cells[i]

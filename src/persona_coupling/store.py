@@ -36,6 +36,11 @@ Report = Callable[[float], None]
 """Called by a build with the fraction of its work that is done, 0 to 1."""
 
 
+def share(report: Report, first: int, count: int, total: int) -> Report:
+    """A report for items `first` to `first + count` of `total`."""
+    return lambda fraction: report((first + fraction * count) / total)
+
+
 def canonical_json(value: Any) -> str:
     """One text per value: sorted keys, no spaces, no NaN. Raises ValueError for NaN and infinity."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -63,10 +68,10 @@ def code_fingerprint(*modules: str) -> str:
 
 
 @cache
-def class_fingerprint(stage: type) -> str:
+def class_fingerprint(file: str, name: str) -> str:
     """Hex digest of a class's own logic, docstrings aside: a stage's `build` is part of its key, its neighbours' is not."""
-    tree = ast.parse(Path(inspect.getfile(stage)).read_text(encoding="utf-8"))
-    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == stage.__name__)
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
     # `work` only estimates minutes
     body.body = [n for n in body.body if not (isinstance(n, ast.FunctionDef) and n.name == "work")]
     _strip_docstrings(body)
@@ -117,7 +122,7 @@ class Stage:
         """The JSON object whose hash is the key."""
         names = [field.name for field in dataclasses.fields(self) if field.name not in self.unkeyed]
         fields = {name: _plain(getattr(self, name)) for name in names}
-        code = [class_fingerprint(type(self)), code_fingerprint(*self.code)]
+        code = [class_fingerprint(inspect.getfile(type(self)), type(self).__name__), code_fingerprint(*self.code)]
         return {"kind": self.kind, "type": type(self).__name__, "code": code, **fields}
 
     @cached_property

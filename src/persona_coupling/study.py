@@ -74,6 +74,7 @@ class Design:
 
     cells: list[Cell] = field(default_factory=list)
     contents: list[ContentCell] = field(default_factory=list)
+    same: set[tuple[str, str]] = field(default_factory=set)  # conditions that are one model by definition, declared
 
     def stages(self) -> list[Stage]:
         """Everything to build, parents first, each once."""
@@ -82,7 +83,8 @@ class Design:
         return in_order(wanted)
 
     def check(self) -> None:
-        """Raise GuardError if a condition stands twice under a seed, or two conditions are one and the same model."""
+        """Raise GuardError if a condition stands twice under a seed, or two conditions are one and the same model
+        without being declared so."""
         names = [(cell.condition, cell.seed) for cell in self.cells]
         if len(set(names)) != len(names):
             raise GuardError(
@@ -91,7 +93,7 @@ class Design:
         keys: dict[tuple[str, int], str] = {}
         for cell in self.cells:
             identity = (cell.evaluation.key, cell.seed)
-            if identity in keys:
+            if identity in keys and (keys[identity], cell.condition) not in self.same:
                 raise GuardError(f"{keys[identity]} and {cell.condition} describe the same model and evaluation")
             keys[identity] = cell.condition
 
@@ -329,14 +331,16 @@ def collect(design: Design, profile: Profile, lab: Lab) -> Results:
     """Gather the artifacts of a design into tables. Raises GuardError when two conditions have identical outputs or
     identical trained changes."""
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
-    cells, outputs = [], {}
+    cells: list[dict[str, Any]] = []
+    outputs: dict[tuple[str, int], str] = {}
     for cell in design.cells:
-        labels = {"condition": cell.condition, "seed": cell.seed}
+        labels: dict[str, Any] = {"condition": cell.condition, "seed": cell.seed}
         folder = lab.folder(cell.evaluation)
         for name in ("completions", "fixed", "heldout"):
             parts[name].append(pd.read_parquet(folder / f"{name}.parquet").assign(**labels))
         text = canonical_json(parts["completions"][-1]["completion"].tolist())
-        if (other := outputs.get((text, cell.seed))) is not None:
+        other = outputs.get((text, cell.seed))
+        if other is not None and (other, cell.condition) not in design.same:
             raise GuardError(f"{other} and {cell.condition} gave the same completions to the letter")
         outputs[text, cell.seed] = cell.condition
         report = json.loads((lab.folder(cell.merge) / "report.json").read_text(encoding="utf-8"))

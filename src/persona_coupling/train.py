@@ -194,8 +194,10 @@ def make_trainer(
     machine: Machine,
     scratch: str,
     report: Report,
+    selected_head: bool = True,
 ) -> Any:
-    """An SFTTrainer that sees `rows` once, in order, with their labels as they are."""
+    """An SFTTrainer that sees `rows` once, in order, with their labels as they are; `selected_head=False` leaves the
+    library's own loss in place on the CPU too."""
     from datasets import Dataset
     from trl import SFTConfig
 
@@ -231,7 +233,7 @@ def make_trainer(
         dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,
     )
-    trainer = _trainer_class(on_cpu)(
+    trainer = _trainer_class(on_cpu and selected_head)(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
@@ -248,15 +250,15 @@ def _micro_batch(batch: int, longest: int, tokens: int) -> int:
     return next((m for m in range(batch, 0, -1) if batch % m == 0 and m * longest <= tokens), 1)
 
 
-def _trainer_class(on_cpu: bool) -> Any:
-    """TRL's trainer; on the CPU with a loss that projects only supervised positions through the LM head.
+def _trainer_class(selected_head: bool) -> Any:
+    """TRL's trainer; if asked, with a loss that projects only supervised positions through the LM head.
 
-    TRL's own fused head does so on CUDA only. The result is the same: positions whose label is ignored contribute
-    nothing to the loss or to any gradient.
+    TRL's own fused head does so on CUDA only, so the CPU asks for this one. The result is the same: positions whose
+    label is ignored contribute nothing to the loss or to any gradient.
     """
     from trl import SFTTrainer
 
-    if not on_cpu:
+    if not selected_head:
         return SFTTrainer
 
     class SelectedHeadTrainer(SFTTrainer):  # type: ignore[misc]
