@@ -224,7 +224,7 @@ paper.table(
 )
 
 # %%
-curves = figures.training_curves(*notes.training_logs(results, names))
+curves = figures.training_curves(notes.training_logs(results, names))
 notes.show(
     paper.figure(
         "training", curves, "Loss of every training run; SFT and coupling supervise different tokens, so levels differ."

@@ -18,6 +18,13 @@ from persona_coupling.errors import GuardError, UserError
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
+def settle_allocator() -> None:
+    """Start this process again with the allocator settings, which the C library reads at start only."""
+    if any(name not in os.environ for name in MALLOC):
+        os.environ.update(MALLOC)
+        os.execv(sys.executable, [sys.executable, "-m", "persona_coupling", *sys.argv[1:]])
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0 done, 2 the user can mend it, 3 a guard fired, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="persona_coupling", description=__doc__)
@@ -118,11 +125,6 @@ def reproduce(arguments: argparse.Namespace) -> None:
     """Everything: stages under one bar, then the notebooks, then the paper."""
     from persona_coupling import progress
 
-    for name, value in MALLOC.items():
-        if name not in os.environ:  # glibc reads them at start only
-            os.environ.update(MALLOC)
-            os.execv(sys.executable, [sys.executable, "-m", "persona_coupling", *sys.argv[1:]])
-        del name, value
     started = time.monotonic()
     parameters, experiments, store, device, speeds, planned = _planned(arguments)
     progress.build(planned, store, device, speeds)

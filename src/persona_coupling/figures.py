@@ -190,25 +190,28 @@ def persona_heatmap(
     return figure, kept.reset_index(drop=True)
 
 
-def training_curves(logs: pd.DataFrame, labels: dict[str, str]) -> tuple[Figure, pd.DataFrame]:
-    """Loss of every step of every training run, one line per run; `logs` has run, seed, step, loss."""
-    runs = [run for run in labels if run in set(logs["run"])]
+def training_curves(logs: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Loss of every step of every training run: one panel per kind of training, one line per run and seed, labelled at
+    its end. `logs` has panel, run, seed, step, loss."""
+    panels = list(dict.fromkeys(logs["panel"]))
     with theme():
-        columns = min(4, max(1, len(runs)))
-        rows = -(-len(runs) // columns)
-        figure, grid = plt.subplots(
-            rows, columns, figsize=(WIDTH, 1.35 * rows + 0.3), sharex=False, sharey=True, squeeze=False
-        )
-        for number, axes in enumerate(grid.flat):
-            if number >= len(runs):
-                axes.set_visible(False)
-                continue
-            run = runs[number]
-            for _, part in logs[logs["run"] == run].groupby("seed"):
-                axes.plot(part["step"], part["loss"], color=BYSTANDER_COLOUR, linewidth=1.1)
-            axes.set_title(labels[run], fontsize=7.5)
+        figure, grid = plt.subplots(1, len(panels), figsize=(WIDTH, 2.3), squeeze=False)
+        for axes, panel in zip(grid[0], panels, strict=True):
+            shown = logs[logs["panel"] == panel]
+            runs = list(dict.fromkeys(shown["run"]))
+            styles = dict(zip(runs, ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))) * 4, strict=False))
+            colours = dict(zip(runs, sns.color_palette("colorblind", len(runs)), strict=True))
+            for run in runs:
+                for number, (_, part) in enumerate(shown[shown["run"] == run].groupby("seed")):
+                    axes.plot(
+                        part["step"], part["loss"], color=colours[run], linestyle=styles[run], linewidth=1.1,
+                        label=run if number == 0 else None,
+                    )  # fmt: skip
+            axes.set_title(panel)
+            axes.set_xlabel("optimiser step")
             axes.grid(axis="both", color="0.92")
-            axes.set_ylim(bottom=0)
-        figure.supxlabel("optimiser step", fontsize=8)
-        figure.supylabel("loss, nats per token", fontsize=8)
-    return figure, logs[["run", "seed", "step", "loss"]].reset_index(drop=True)
+            axes.set_ylim(0, 1.05 * float(shown["loss"].max()))
+            axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+            axes.legend(frameon=False, fontsize=7, loc="lower left")
+        grid[0, 0].set_ylabel("loss, nats per token")
+    return figure, logs[["panel", "run", "seed", "step", "loss"]].reset_index(drop=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pandas as pd
 
 from persona_coupling import corpora, personas
 from persona_coupling.stages import with_system
-from persona_coupling.study import Design, Results, Study
+from persona_coupling.study import STORED_ONLY, Design, Results, Study
 
 
 def show(png: Path) -> Any:
@@ -66,10 +67,9 @@ def _masked(study: Study, messages: list[dict[str, str]]) -> str:
     """Needs the tokenizer only, and says so where there is none (stored results, nothing fetched)."""
     from persona_coupling import models, train
 
-    lab = study.lab
-    if not lab.store.has(study.source):
-        return "(the tokenizer is not in this checkout's cache: run the notebook to see the mask)"
-    tokenizer = models.load_tokenizer(study.source, lab)
+    if os.environ.get(STORED_ONLY):
+        return "(redrawn from stored results: no tokenizer is loaded)"
+    tokenizer = models.load_tokenizer(study.source, study.lab)
     values = study.profile.scratch
     ids, labels = train.encode(tokenizer, messages, values.loss, values.tail)
     parts = []
@@ -90,19 +90,17 @@ def sample_answers(results: Results, who: list[str]) -> Any:
     return shown.style.set_properties(**style).hide(axis="index")
 
 
-def training_logs(results: Results, names: Mapping[str, str]) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Logs of distinct training runs and a title for each: `names` maps conditions to titles; a run that several
-    conditions share stands once, under the first."""
+def training_logs(results: Results, names: Mapping[str, str]) -> pd.DataFrame:
+    """Logs of distinct training runs with a panel ("SFT" or "coupling") and a title: `names` maps conditions to titles;
+    a run that several conditions share stands once, under the first."""
     logs = results.training.drop_duplicates(["change", "step"])
-    labels, parts = {}, []
+    last = results.training.groupby("condition")["position"].max()
+    parts = []
     for condition, title in names.items():
         part = logs[logs["condition"] == condition]
-        for position, run in part.groupby("position"):
-            key = f"{condition}/{position}"
-            last = position == results.training.loc[results.training["condition"] == condition, "position"].max()
-            labels[key] = title if last else f"{title}: SFT"
-            parts.append(run.assign(run=key))
-    return pd.concat(parts, ignore_index=True), labels
+        panel = ["coupling" if at == last[condition] else "SFT" for at in part["position"]]
+        parts.append(part.assign(panel=panel, run=title))
+    return pd.concat(parts, ignore_index=True).sort_values(["panel", "run", "seed", "step"])
 
 
 def colophon(results: Results) -> pd.DataFrame:

@@ -128,13 +128,12 @@ def build(planned: Plan, store: Store, device: str, speeds: Speeds, say: Callabl
     if not planned.missing:
         return
     costs = [speeds.seconds(stage) for stage in planned.missing]  # fixed now: what is learnt on the way is for later
-    layout = "{desc:<22.22} {percentage:3.0f}%|{bar:24}| {postfix} [{elapsed} < {remaining}]"
+    layout = "{desc:<26.26} {percentage:3.0f}%|{bar:24}| [{elapsed} < {remaining}]"
     interval = 0.5 if sys.stdout.isatty() else 20.0  # seconds between lines in a log file
     with tqdm(total=sum(costs), bar_format=layout, dynamic_ncols=True, file=sys.stdout, mininterval=interval) as bar:
         done = 0.0
         for number, (stage, expected) in enumerate(zip(planned.missing, costs, strict=True), start=1):
-            bar.set_description_str(f"{type(stage).__name__} {stage.key[:8]}", refresh=False)
-            bar.set_postfix_str(f"{number}/{len(planned.missing)}", refresh=False)
+            bar.set_description_str(f"{number}/{len(planned.missing)} {type(stage).__name__}", refresh=False)
 
             def report(fraction: float, done: float = done, expected: float = expected) -> None:
                 bar.update(done + min(1.0, fraction) * expected - bar.n)

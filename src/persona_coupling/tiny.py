@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from persona_coupling import corpora, personas, questions
+from persona_coupling.models import quiet_transformers
 
 VOCABULARY = 1024
 TEMPLATE = (
@@ -68,4 +69,5 @@ def write(folder: Path, *, family: str, layers: int, width: int, seed: int) -> N
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 3.0
         model.lm_head.weight[tokenizer.eos_token_id, 0] = math.log(0.1 * VOCABULARY / 0.9) / math.sqrt(width)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    with quiet_transformers():
+        model.to(torch.bfloat16).save_pretrained(folder)
