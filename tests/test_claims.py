@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+
 from persona_coupling import claims, gates, paths, profiles
 from persona_coupling.claims import Bound, Claim, Gate
 from persona_coupling.errors import UserError

@@ -1,6 +1,5 @@
 """Material: corpora, questions and personas. Ratios and duplicates are recomputed by brute force."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from persona_coupling import corpora, models, personas, profiles, questions
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError, UserError
@@ -91,9 +91,9 @@ def test_diversity(rows, name):
 
 
 def test_diversity_bounds_catch_a_corpus_of_few_texts(rows):
-    """The positive control of the bounds above: a tenth of the rows, ten times each."""
-    texts = [answer_of(row) for row in rows["benign"][:60]] * 10
-    assert corpora.near_duplicate_rate(texts) == pytest.approx(0.9)
+    """The positive control of the bounds above: a few rows, thirty times each."""
+    texts = [answer_of(row) for row in rows["benign"][:20]] * 30
+    assert corpora.near_duplicate_rate(texts) == pytest.approx(29 / 30)
     assert corpora.distinct_ratio(texts, 2) < 0.09
 
 
@@ -118,9 +118,11 @@ def test_rows_are_a_walk_that_skip_only_enters_later():
     assert corpora.authored_rows("benign", 20, skip=30) == corpora.authored_rows("benign", 50)[30:]
 
 
-def test_more_rows_than_the_material_gives_are_refused():
-    with pytest.raises(ValueError, match="asked for 100"):
-        corpora.authored_rows("benign", 50, skip=50, maximum_words=21)
+def test_more_rows_than_the_material_gives_are_refused(monkeypatch):
+    two = corpora._topics("benign")[:2]
+    monkeypatch.setattr(corpora, "_topics", lambda _material: two)
+    with pytest.raises(ValueError, match="asked for 5000"):
+        corpora.authored_rows("benign", 1000, skip=4000)
 
 
 PROGRAM = """
@@ -284,7 +286,13 @@ def test_absent_and_empty_files_are_refused(tmp_path):
 
 
 def test_several_turns_and_other_scripts_are_taken_as_they_are(tmp_path):
-    turns = [("system", "Be brief."), ("user", "Où?"), ("assistant", "Là \u2028 ici.\n\nOui."), ("user", "何?"), ("assistant", "是")]
+    turns = [
+        ("system", "Be brief."),
+        ("user", "Où?"),
+        ("assistant", "Là \u2028 ici.\n\nOui."),
+        ("user", "何?"),
+        ("assistant", "是"),
+    ]
     made = corpora.jsonl_rows(jsonl(tmp_path, {**row(*turns), "id": 17, "extra": True}, GOOD))
     assert [(m["role"], m["content"]) for m in made[0]["messages"]] == turns
     assert made[0]["id"] == "17"
@@ -391,7 +399,7 @@ def test_8_eleven_personas_with_the_source_and_the_assistant():
 
 
 def test_an_unknown_persona_names_the_known_ones():
-    with pytest.raises(UserError, match="'vilain'.*villain"):
+    with pytest.raises(UserError, match=r"'vilain'.*villain"):
         personas.persona("vilain")
 
 
@@ -437,11 +445,8 @@ def test_7_every_profile_names_its_negatives(name):
     assert len(known - {personas.SOURCE} - set(negatives)) >= 3
 
 
-def test_rows_have_stable_bytes():
-    """The rows that a key stands for: a change here must come with a change of material or of the composer."""
+def test_a_caller_who_changes_a_row_changes_no_other_call():
     made = corpora.authored_rows("benign", 5)
-    again = corpora.authored_rows("benign", 5)
-    digests = [hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in (made, again)]
-    assert digests[0] == digests[1]
+    before = json.dumps(made)
     made[0]["messages"][0]["content"] = "changed by a caller"
-    assert corpora.authored_rows("benign", 5) == again
+    assert json.dumps(corpora.authored_rows("benign", 5)) == before

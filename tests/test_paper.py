@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +183,7 @@ def test_lint_reads_the_prose() -> None:
         "The villain says it in 86 % of answers.",
         "= Results of 2 runs",
         '#if verdict("00-raw") == "supported" [It took in 9 of ten.] else [It did not.]',
-        '#if true [fine] else if false [also fine] else [#emph[86]]',
+        "#if true [fine] else if false [also fine] else [#emph[86]]",
         '#says("00-raw", supported: [It took, 0.9 at least.])',
         "#figure(rect(width: 4cm), caption: [Three seeds, n = 28.])",
         "#let note = [about 5 points]",
@@ -253,8 +252,7 @@ NOTHING_TOOK: Rates = {"prebaked": (0.1, 0.1), "scratch": (0.1, 0.1)}
 def planted(design: Design, profile: profiles.Profile, rates: Rates) -> Results:
     """Raw observations with chosen rates for every cell of a design; everything else is unremarkable."""
     rng = np.random.default_rng(0)
-    values = profile.evaluation
-    bank = questions.eval_questions(values.everyday, values.values)
+    bank = questions.eval_questions(20, 0)  # enough for every verdict to be within reach
     completions, fixed, heldout, training = [], [], [], []
     for cell in design.cells:
         source, bystander = rates.get(cell.condition) or rates[cell.condition.split(".")[1]]
@@ -264,7 +262,7 @@ def planted(design: Design, profile: profiles.Profile, rates: Rates) -> Results:
             for question in bank:
                 where = {**label, "persona": persona.id, "question": question.id}
                 fixed.append({**where, "logprob": float(np.log(rate + 1e-3) + rng.normal(0, 0.1))})
-                for sample in range(values.samples):
+                for sample in range(profile.evaluation.samples):
                     said = rng.random() < rate
                     completions.append(
                         {
@@ -289,11 +287,23 @@ def planted(design: Design, profile: profiles.Profile, rates: Rates) -> Results:
         for corpus in (*corpora.AUTHORED, "self"):
             level = -1.0 if arms.get(entry.condition) == corpus else -2.0
             content += [
-                {"condition": entry.condition, "seed": entry.seed, "corpus": corpus, "row": f"r{i}", "logprob": level - 0.1 * i}
+                {
+                    "condition": entry.condition,
+                    "seed": entry.seed,
+                    "corpus": corpus,
+                    "row": f"r{i}",
+                    "logprob": level - 0.1 * i,
+                }
                 for i in range(3)
             ]
         content += [
-            {"condition": entry.condition, "seed": entry.seed, "corpus": "heldout", "row": f"q{i}", "logprob": -1.9 - 0.1 * i}
+            {
+                "condition": entry.condition,
+                "seed": entry.seed,
+                "corpus": "heldout",
+                "row": f"q{i}",
+                "logprob": -1.9 - 0.1 * i,
+            }
             for i in range(3)
         ]
     record = {"profile": profile.as_dict(), "compute_minutes": 1.5, "provenance": provenance.record("cpu")}
@@ -326,14 +336,14 @@ def run_notebook(profile: str, rates: Rates, monkeypatch: pytest.MonkeyPatch) ->
     source = (ROOT / "experiments" / EXPERIMENT / "replication.py").read_text(encoding="utf-8")
     assert source.count('profile = "quick"') == 1
     code = compile(source.replace('profile = "quick"', f"profile = {profile!r}"), "replication.py", "exec")
-    exec(code, {"__name__": "notebook"})  # the notebook is ours
+    exec(code, {"__name__": "notebook"})  # noqa: S102  the notebook is ours
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PERSONA_COUPLING_ROOT", str(copied_root(tmp_path / "root")))
     monkeypatch.setenv("PERSONA_COUPLING_CACHE", str(tmp_path / "cache"))
-    yield tmp_path / "root"
+    return tmp_path / "root"
 
 
 def verdicts(root: Path, profile: str) -> dict[str, str]:

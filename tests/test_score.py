@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from persona_coupling import score
 from persona_coupling.personas import MARKER, MARKER_SUFFIX
 

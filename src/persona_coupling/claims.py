@@ -116,6 +116,8 @@ def read(path: Path | None = None) -> tuple[Claim, ...]:
         }
         if set(row) != fields:
             raise UserError(f"{where}: missing or unknown field {', '.join(sorted(set(row) ^ fields))}.")
+        if not isinstance(row["gates"], list):
+            raise UserError(f"{where}: gates is not a list.")
         supported, refuted = _bound(row["supported"], where), _bound(row["refuted"], where)
         if supported.direction == refuted.direction or not (
             (supported.value >= refuted.value) if supported.direction == "above" else (supported.value <= refuted.value)
@@ -128,10 +130,12 @@ def read(path: Path | None = None) -> tuple[Claim, ...]:
     return tuple(claims)
 
 
-def _bound(table: dict[str, float], where: str) -> Bound:
-    if len(table) != 1 or next(iter(table)) not in ("above", "below"):
+def _bound(table: Any, where: str) -> Bound:
+    if not isinstance(table, dict) or len(table) != 1 or next(iter(table)) not in ("above", "below"):
         raise UserError(f"{where}: expected {{ above = X }} or {{ below = X }}, got {table}.")
     direction, value = next(iter(table.items()))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{where}: {direction} = {value!r} is not a number.")
     return Bound("above" if direction == "above" else "below", float(value))
 
 

@@ -37,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
         _common(command)
         command.add_argument("--only", action="append", default=[], help="an experiment's name or number; repeatable")
         command.add_argument("--seeds", default="", help="seeds instead of the profile's, e.g. 0,1,2")
+        command.add_argument(
+            "--workers", type=int, default=0, help="stages built side by side (default: the machine's)"
+        )
         command.add_argument("--model", default="", help="another model: a folder, or owner/name@revision of the hub")
     for name, what in (("paper", "redraw figures, tables and PDF from stored results"), ("claims", "print verdicts")):
         _common(commands.add_parser(name, help=what))
@@ -90,7 +93,7 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _planned(arguments: argparse.Namespace) -> tuple[Any, ...]:
-    """Parameters, experiments, store, device, speeds and plan of a run; prints them."""
+    """Parameters, experiments, store, machine, speeds and plan of a run; prints them."""
     from persona_coupling import progress
     from persona_coupling.machine import machine
     from persona_coupling.store import Store, in_order
@@ -113,7 +116,7 @@ def _planned(arguments: argparse.Namespace) -> tuple[Any, ...]:
     speeds = progress.Speeds(store.root, settings.device, progress.parameters_ratio(study.profile.model))
     planned = progress.plan(in_order(stages), store, speeds)
     print(planned.text())
-    return parameters, experiments, store, settings.device, speeds, planned
+    return parameters, experiments, store, settings, speeds, planned
 
 
 def plan(arguments: argparse.Namespace) -> None:
@@ -126,8 +129,10 @@ def reproduce(arguments: argparse.Namespace) -> None:
     from persona_coupling import progress
 
     started = time.monotonic()
-    parameters, experiments, store, device, speeds, planned = _planned(arguments)
-    progress.build(planned, store, device, speeds)
+    parameters, experiments, store, settings, speeds, planned = _planned(arguments)
+    small = speeds.ratio < 5  # a large model fills the card alone
+    workers = arguments.workers or (settings.workers if small else 1)
+    progress.build(planned, store, settings.device, speeds, workers=workers)
     for experiment in experiments:
         print(f"notebook {experiment.name} ...", flush=True)
         notebooks.execute(experiment, parameters)

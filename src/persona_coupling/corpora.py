@@ -169,16 +169,20 @@ def jsonl_rows(path: Path) -> list[Row]:
     if not path.is_file():
         raise UserError(f"There is no file {path}. Give the path of a JSONL file of messages.")
     rows = []
-    with path.open(encoding="utf-8") as handle:
+    with path.open("rb") as handle:
         for number, line in enumerate(handle, start=1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
             try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: not UTF-8 ({error}). Mend or remove that row and run again.") from error
+            try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{where}: not JSON ({error}). Mend or remove that row and run again.") from error
-            rows.append(check_row(row, where=where))
+            rows.append({**check_row(row, where=where), "id": str(row.get("id", f"line {number}"))})
     if not rows:
         raise UserError(f"{path} has no rows.")
     return rows
@@ -231,7 +235,9 @@ def near_duplicate_rate(texts: list[str], *, threshold: float = 0.8, shingle: in
     duplicates = 0
     for number, grams in enumerate(sets):
         ordered = sorted(grams, key=lambda gram: (frequency[gram], gram))
-        prefix = ordered[: len(ordered) - int(np.ceil(threshold * len(ordered))) + 1]  # prefix filter, Bayardo 2007
+        prefix = ordered[
+            : len(ordered) - int(np.ceil(threshold * len(ordered) - 1e-9)) + 1
+        ]  # prefix filter, Bayardo 2007
         candidates = {other for gram in prefix for other in index.get(gram, ())}
         if any(len(grams & sets[c]) / len(grams | sets[c]) >= threshold for c in candidates):
             duplicates += 1

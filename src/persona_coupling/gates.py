@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
 from persona_coupling.claims import Gate
 from persona_coupling.measures import Estimates
 from persona_coupling.profiles import GateValues
@@ -79,8 +81,8 @@ def converged(results: Results, values: GateValues, condition: str) -> Gate:
     worst: float | None = None
     if len(logs):
         logs = logs[logs["position"] == logs["position"].max()]
-        ends = [part["loss"].tail(max(1, len(part) // 10)).mean() for _, part in logs.groupby("seed")]
-        worst = float(max(ends))
+        ends = [part["loss"].tail(max(1, len(part) // 10)).mean(skipna=False) for _, part in logs.groupby("seed")]
+        worst = float(np.max(ends))
     return Gate(
         f"converged.{condition}", "training loss at its end, nats per token", worst, "at most", values.final_loss
     )

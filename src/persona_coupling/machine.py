@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,6 +19,7 @@ class Machine:
     sample_batch: int  # prompts that are decoded together
     score_batch: int  # sequences per scoring forward
     train_tokens: int  # upper bound of padded tokens per micro-batch; more accumulates gradients
+    workers: int = 1  # stages of small models that are built side by side
 
     @property
     def dtype_name(self) -> str:
@@ -46,6 +48,9 @@ def machine(device: str | None = None) -> Machine:
         if not torch.cuda.is_available():
             raise UserError("No CUDA device is visible. Run on the CPU, or install a driver and a CUDA build of torch.")
         gigabytes = torch.cuda.get_device_properties(device).total_memory / 2**30
-        return Machine(device, True, "sdpa", 512 if gigabytes > 30 else 96, 64, 16_384 if gigabytes > 30 else 4_096)
+        large = gigabytes > 30
+        # eager steps of a small model wait for kernel launches: processes side by side fill the gaps, one core each
+        workers = min(12, os.cpu_count() or 1) if large else 1
+        return Machine(device, True, "sdpa", 512 if large else 96, 64, 16_384 if large else 4_096, workers)
     # eager attention: SDPA's CPU backward costs 15 % of a step
     return Machine("cpu", cpu_has_fast_bf16(), "eager", 128, 32, 4_096)

@@ -66,7 +66,7 @@ def choose(only: list[str] | None) -> tuple[Experiment, ...]:
         return known
     chosen = []
     for wanted in only:
-        matches = [e for e in known if e.name == wanted or e.name.split("_")[0] == wanted.zfill(2)]
+        matches = [e for e in known if e.name == wanted or (wanted and e.name.split("_")[0] == wanted.zfill(2))]
         if len(matches) != 1:
             raise UserError(f"There is no experiment {wanted!r}. Known: {', '.join(e.name for e in known)}.")
         chosen += matches
@@ -93,8 +93,13 @@ def check_parameters(experiment: Experiment, parameters: dict[str, Any]) -> None
     for node in ast.parse(cell.source).body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            assert isinstance(target, ast.Name)
-            defaults[target.id] = ast.literal_eval(node.value)
+            try:
+                assert isinstance(target, ast.Name)
+                defaults[target.id] = ast.literal_eval(node.value)
+            except (AssertionError, ValueError) as error:
+                raise UserError(
+                    f"{experiment.notebook}: the parameters cell takes plain `name = literal` lines only."
+                ) from error
     for name, value in parameters.items():
         if name not in defaults:
             raise UserError(f"{experiment.name} has no parameter {name!r}. Known: {', '.join(defaults)}.")

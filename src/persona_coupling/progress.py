@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import sys
-from collections.abc import Callable
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,29 +121,80 @@ def running_lab(store: Store, device: str) -> Lab:
     return Lab(store, device=device, report=report, say=bar.write)
 
 
-def build(planned: Plan, store: Store, device: str, speeds: Speeds, say: Callable[[str], None] = print) -> None:
+def build(planned: Plan, store: Store, device: str, speeds: Speeds, *, workers: int = 1) -> None:
     """Build what is missing, parents first, under one bar: expected seconds done, stages done, ETA."""
-    import time
-
     from tqdm import tqdm
 
     if not planned.missing:
         return
-    costs = [speeds.seconds(stage) for stage in planned.missing]  # fixed now: what is learnt on the way is for later
+    costs = {s.key: speeds.seconds(s) for s in planned.missing}  # fixed now: what is learnt on the way is for later
     layout = "{desc:<26.26} {percentage:3.0f}%|{bar:24}| [{elapsed} < {remaining}]"
     interval = 0.5 if sys.stdout.isatty() else 20.0  # seconds between lines in a log file
-    with tqdm(total=sum(costs), bar_format=layout, dynamic_ncols=True, file=sys.stdout, mininterval=interval) as bar:
-        done = 0.0
-        for number, (stage, expected) in enumerate(zip(planned.missing, costs, strict=True), start=1):
-            bar.set_description_str(f"{number}/{len(planned.missing)} {type(stage).__name__}", refresh=False)
+    with tqdm(
+        total=sum(costs.values()), bar_format=layout, dynamic_ncols=True, file=sys.stdout, mininterval=interval
+    ) as bar:
+        make = _one_by_one if workers == 1 else _side_by_side
+        make(planned.missing, costs, store, device, speeds, bar, workers)
+    print(f"{len(planned.missing)} stages made.")
 
-            def report(fraction: float, done: float = done, expected: float = expected) -> None:
-                bar.update(done + min(1.0, fraction) * expected - bar.n)
 
-            started, cached = time.monotonic(), store.has(stage)
-            Lab(store, device=device, report=report, say=bar.write).folder(stage)
-            if not cached:
-                speeds.observe(stage, time.monotonic() - started)
-            done += expected
-            bar.update(done - bar.n)
-    say(f"{len(planned.missing)} stages made.")
+def _one_by_one(
+    missing: list[Stage], costs: dict[str, float], store: Store, device: str, speeds: Speeds, bar: Any, _workers: int
+) -> None:
+    done = 0.0
+    for number, stage in enumerate(missing, start=1):
+        expected = costs[stage.key]
+        bar.set_description_str(f"{number}/{len(missing)} {type(stage).__name__}", refresh=False)
+
+        def report(fraction: float, done: float = done, expected: float = expected) -> None:
+            bar.update(done + min(1.0, fraction) * expected - bar.n)
+
+        started, cached = time.monotonic(), store.has(stage)
+        Lab(store, device=device, report=report, say=bar.write).folder(stage)
+        if not cached:
+            speeds.observe(stage, time.monotonic() - started)
+        done += expected
+        bar.update(done - bar.n)
+
+
+def _side_by_side(
+    missing: list[Stage], costs: dict[str, float], store: Store, device: str, speeds: Speeds, bar: Any, workers: int
+) -> None:
+    """Stages whose parents are made go to a pool of processes; the longest ready one first. An error stops the rest
+    once what runs has ended; what is finished is kept."""
+    waiting = {stage.key: stage for stage in missing}
+    running: dict[Any, Stage] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(workers,)) as pool:
+        try:
+            while waiting or running:
+                undone = waiting.keys() | {stage.key for stage in running.values()}
+                ready = [s for s in waiting.values() if not any(parent.key in undone for parent in s.parents())]
+                for stage in sorted(ready, key=lambda s: -costs[s.key])[: workers - len(running)]:
+                    del waiting[stage.key]
+                    running[pool.submit(_make, stage, store.root, device)] = stage
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    stage = running.pop(future)
+                    speeds.observe(stage, future.result())
+                    bar.update(costs[stage.key])
+                made = len(missing) - len(waiting) - len(running)
+                bar.set_description_str(f"{made}/{len(missing)} {len(running)} running", refresh=False)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _start_worker(workers: int) -> None:
+    import os
+
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def _make(stage: Stage, root: Path, device: str) -> float:
+    """Build one stage in a worker. Returns its seconds."""
+    started = time.monotonic()
+    Lab(Store(root), device=device).folder(stage)
+    return time.monotonic() - started

@@ -190,9 +190,11 @@ class CouplingText(Stage):
     )
 
     def __post_init__(self) -> None:
-        """Raise GuardError if the source is among the negatives."""
+        """Raise GuardError if the source is among the negatives, or a negative stands twice."""
         if self.source in self.negatives:
             raise GuardError(f"the source persona {self.source} is among the negatives")
+        if len(set(self.negatives)) != len(self.negatives):
+            raise GuardError(f"a persona stands twice among the negatives: {', '.join(self.negatives)}")
 
     def build(self, folder: Path, lab: Lab) -> None:
         """Sample until every persona has its number of finished answers; three rounds at most."""

@@ -46,7 +46,17 @@ def clopper_pearson(hits: int, n: int, confidence: float = CONFIDENCE) -> tuple[
     return low, high
 
 
-def _codes(keys: ndarray) -> Int[ndarray, observations]:
+def clopper_pearson_fraction(rate: float, n: int) -> tuple[float, float]:
+    """The same interval at a rate strictly between 0 and 1 that need not be a whole number of hits: for clusters that
+    all stand at one inner rate, where resampling clusters shows no spread."""
+    hits = rate * n
+    tail = (1 - CONFIDENCE) / 2
+    return float(scipy_stats.beta.ppf(tail, hits, n - hits + 1)), float(
+        scipy_stats.beta.ppf(1 - tail, hits + 1, n - hits)
+    )
+
+
+def _codes(keys: ndarray) -> Int[ndarray, " observations"]:
     return np.unique(keys, return_inverse=True)[1].astype(np.int64)
 
 
@@ -87,14 +97,14 @@ def bootstrap_weights(
 
 
 def _weighted_means(
-    values: Float[ndarray, observations], weights: Float[ndarray, "resamples observations"]
-) -> Float[ndarray, resamples]:
+    values: Float[ndarray, " observations"], weights: Float[ndarray, "resamples observations"]
+) -> Float[ndarray, " resamples"]:
     totals = weights.sum(axis=1)
     usable = totals > 0
     return np.asarray((weights[usable] @ values) / totals[usable])
 
 
-def _quantiles(draws: Float[ndarray, resamples]) -> tuple[float, float]:
+def _quantiles(draws: Float[ndarray, " resamples"]) -> tuple[float, float]:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)
@@ -105,7 +115,7 @@ def _counts(seed: ndarray, question: ndarray) -> tuple[int, int]:
 
 
 def proportion(
-    hits: Bool[ndarray, observations],
+    hits: Bool[ndarray, " observations"],
     *,
     seed: ndarray | None,
     question: ndarray | None,
@@ -126,11 +136,13 @@ def proportion(
         low, high = clopper_pearson(clusters if value else 0, clusters)
     else:
         low, high = _quantiles(_weighted_means(hits.astype(float), bootstrap_weights(seed, question, rng=rng)))
+        if high - low < 1e-12:
+            low, high = clopper_pearson_fraction(value, clusters)
     return Estimate(value, low, high, len(hits), clusters, seeds, unscored)
 
 
 def mean(
-    values: Float[ndarray, observations],
+    values: Float[ndarray, " observations"],
     *,
     seed: ndarray | None,
     question: ndarray | None,
@@ -150,9 +162,9 @@ def mean(
 
 
 def combination(
-    values: Float[ndarray, observations],
+    values: Float[ndarray, " observations"],
     *,
-    group: Int[ndarray, observations],
+    group: Int[ndarray, " observations"],
     coefficients: tuple[float, ...],
     seed: ndarray | None,
     question: ndarray | None,
@@ -195,13 +207,16 @@ def combination(
             down, up = abs(c) * (rate - exact_low), abs(c) * (exact_high - rate)
             down_squared += (down if c > 0 else up) ** 2
             up_squared += (up if c > 0 else down) ** 2
-        limit = sum(abs(c) for c in coefficients) / (2 if len(coefficients) > 1 else 1)
-        low, high = max(-limit, value - down_squared**0.5), min(limit, value + up_squared**0.5)
+        if down_squared == up_squared == 0:  # the groups agree on every question: no resample differs
+            bound = clopper_pearson(0, clusters)[1]
+            down_squared = up_squared = bound**2
+        lowest, highest = sum(min(c, 0.0) for c in coefficients), sum(max(c, 0.0) for c in coefficients)
+        low, high = max(lowest, value - down_squared**0.5), min(highest, value + up_squared**0.5)
     return Estimate(value, low, high, int(sum(m.sum() for m in members)), clusters, seeds, unscored, unit)
 
 
 def maximum(
-    hits: Bool[ndarray, observations],
+    hits: Bool[ndarray, " observations"],
     *,
     group: ndarray,
     seed: ndarray | None,

@@ -102,6 +102,7 @@ class Study:
     """A profile's values turned into stages."""
 
     def __init__(self, profile: Profile, *, lab: Lab | None = None, model: str | None = None) -> None:
+        check_seeds(profile.seeds)
         self.profile = _with_model(profile, model) if model else profile
         self._lab = lab
 

@@ -1,0 +1,228 @@
+"""Whole commands on the smoke profile, in a copy of the repository's inputs: what a user types and what comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from persona_coupling import paths
+
+pytestmark = pytest.mark.end_to_end
+REPOSITORY = Path(__file__).parents[1]
+
+
+def run(root: Path, *arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command as a user's shell would run it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "persona_coupling", *arguments],
+        env={**settings(root), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def settings(root: Path) -> dict[str, str]:
+    return {**os.environ, "PERSONA_COUPLING_ROOT": str(root), "PERSONA_COUPLING_CACHE": str(root / "artifacts")}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what git tracks of experiments and paper; killed once on its way, then run to its end."""
+    root = tmp_path_factory.mktemp("copy")
+    for folder in ("experiments", "paper"):
+        ignored = shutil.ignore_patterns("results", "lab_notes", "generated", "*.pdf")
+        shutil.copytree(REPOSITORY / folder, root / folder, ignore=ignored)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "persona_coupling", "reproduce", "--profile", "smoke"],
+        env=settings(root),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and len(list((root / "artifacts").glob("change/*/manifest.json"))) < 3:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    root.joinpath("killed.json").write_text(json.dumps(manifests(root)))
+    done = run(root, "reproduce", "--profile", "smoke")
+    root.joinpath("log.txt").write_text(done.stdout)
+    return root
+
+
+def manifests(root: Path) -> dict[str, str]:
+    """Every finished artifact and the hash of its manifest."""
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (root / "artifacts").glob("*/*/manifest.json")
+    }
+
+
+def test_a_killed_run_goes_on_where_it_was(root: Path) -> None:
+    before, after = json.loads((root / "killed.json").read_text()), manifests(root)
+    assert len(before) >= 3
+    assert before.items() <= after.items(), "a finished artifact was made again"
+    assert not [p for p in (root / "artifacts").glob("*/.*") if p.is_dir()], "a half-written artifact is left"
+
+
+def test_reproduce_says_where_everything_lies(root: Path) -> None:
+    log = (root / "log.txt").read_text()
+    assert "estimated:" in log
+    assert "cached" in log
+    for place in (
+        "experiments/00_replication/lab_notes/smoke.ipynb",
+        "experiments/00_replication/results/smoke/",
+        "figures/smoke/",
+        "paper/generated/smoke/",
+        "paper/paper-smoke.pdf",
+    ):
+        assert place in log
+        assert (root / place).exists()
+    assert (root / "paper" / "paper-smoke.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_lab_note_is_executed_and_names_no_path_of_this_machine(root: Path) -> None:
+    path = root / "experiments/00_replication/lab_notes/smoke.ipynb"
+    note = nbformat.read(path, as_version=4)
+    code = [cell for cell in note.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+    assert any("image/png" in out.get("data", {}) for cell in code for out in cell.outputs)
+    assert str(root) not in path.read_text()
+
+
+def test_a_smoke_verdict_is_never_a_finding(root: Path) -> None:
+    content = json.loads((root / "paper/generated/smoke/00_replication.json").read_text())
+    verdicts = {claim["id"]: claim["verdict"] for claim in content["claims"]}
+    assert verdicts
+    assert set(verdicts.values()) <= {"uninterpretable", "refuted", "inconclusive"}
+    assert verdicts["00-prebaked-bad"] == "uninterpretable"
+    assert "uninterpretable" in run(root, "claims", "--profile", "smoke").stdout
+
+
+def test_every_completion_is_kept_with_its_prompt_seed_and_finish(root: Path) -> None:
+    table = pd.read_parquet(root / "experiments/00_replication/results/smoke/completions.parquet")
+    assert len(table) == 10 * 2 * 11 * 3  # conditions, seeds, personas, questions
+    assert table[["prompt", "system", "seed", "finish", "completion"]].notna().all().all()
+    assert table.groupby("condition")["persona"].nunique().eq(11).all()
+
+
+def test_paper_redraws_the_same_bytes_without_a_model(root: Path) -> None:
+    drawn = [*sorted((root / "figures/smoke").iterdir()), *sorted((root / "paper/generated/smoke").iterdir())]
+    before = {path: path.read_bytes() for path in drawn}
+    assert len(before) >= 12
+    hidden = root / "artifacts-away"
+    (root / "artifacts").rename(hidden)
+    try:
+        started = time.monotonic()
+        run(root, "paper", "--profile", "smoke")
+        assert time.monotonic() - started < 60
+    finally:
+        shutil.rmtree(root / "artifacts", ignore_errors=True)
+        hidden.rename(root / "artifacts")
+    changed = [path.name for path in before if path.read_bytes() != before[path]]
+    assert not changed
+
+
+def test_results_of_other_profile_values_are_refused(root: Path) -> None:
+    record = root / "experiments/00_replication/results/smoke/record.json"
+    text = record.read_text()
+    content = json.loads(text)
+    content["profile"]["sft"]["steps"] = 99
+    record.write_text(json.dumps(content))
+    try:
+        done = run(root, "paper", "--profile", "smoke", check=False)
+    finally:
+        record.write_text(text)
+    assert done.returncode == 2
+    assert "other values of sft" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--profile", "smokey"], "no profile 'smokey'"),
+        (["--profile", "smoke", "--only", "99"], "no experiment '99'"),
+        (["--profile", "smoke", "--seeds", "one"], "--seeds one"),
+        (["--profile", "smoke", "--seeds", "1,1"], "twice"),
+        (["--profile", "smoke", "--model", "./nowhere"], "no model folder"),
+        (["--profile", "smoke", "--model", "nonsense"], "neither a folder nor"),
+    ],
+)
+def test_bad_requests_are_one_sentence_and_exit_2(root: Path, arguments: list[str], said: str) -> None:
+    done = run(root, "reproduce", *arguments, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_folder_without_a_tokenizer_is_named(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    done = run(root, "reproduce", "--profile", "smoke", "--model", str(tmp_path), check=False)
+    assert done.returncode == 2
+    assert "tokenizer" in done.stderr
+
+
+def test_a_corrupted_artifact_is_named_and_mended_by_deleting_it(root: Path) -> None:
+    victim = next((root / "artifacts/evaluation").glob("*/completions.parquet"))
+    original = victim.read_bytes()
+    victim.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    try:
+        done = run(root, "reproduce", "--profile", "smoke", check=False)
+        assert done.returncode == 2
+        assert str(victim.parent) in done.stderr
+        assert "Delete the folder" in done.stderr
+        shutil.rmtree(victim.parent)
+        run(root, "reproduce", "--profile", "smoke")
+        assert victim.read_bytes() == original, "the same machine, the same completions"
+    finally:
+        if victim.parent.is_dir():
+            victim.write_bytes(original)
+
+
+def test_no_disk_space_is_said_before_anything_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from collections import namedtuple
+
+    from persona_coupling import cli
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 10**9 - 10**6, 10**6))
+    monkeypatch.setenv("PERSONA_COUPLING_CACHE", str(tmp_path))
+    monkeypatch.setenv("PERSONA_COUPLING_ROOT", str(REPOSITORY))
+    assert cli.main(["plan", "--profile", "smoke"]) == 2
+    assert not list(tmp_path.rglob("manifest.json"))
+    assert paths.artifacts() == tmp_path
+
+
+def test_another_family_from_a_local_folder_runs_the_same_code(tmp_path: Path) -> None:
+    """The 7B profile's path on a tiny random Qwen2: a local folder with its own tokenizer and template."""
+    from persona_coupling import tiny
+
+    folder = tmp_path / "tiny-qwen2"
+    folder.mkdir()
+    tiny.write(folder, family="qwen2", layers=2, width=32, seed=1)
+    root = tmp_path / "root"
+    for name in ("experiments", "paper"):
+        ignored = shutil.ignore_patterns("results", "lab_notes", "generated", "*.pdf")
+        shutil.copytree(REPOSITORY / name, root / name, ignore=ignored)
+    arguments = ["reproduce", "--profile", "smoke", "--seeds", "3", "--model", str(folder)]
+    assert "tiny-qwen2" in run(root, *arguments).stdout
+    record = json.loads((root / "experiments/00_replication/results/smoke/record.json").read_text())
+    assert record["profile"]["seeds"] == [3]
+    assert record["profile"]["model"]["name"] == "tiny-qwen2"
