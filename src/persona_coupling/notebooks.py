@@ -131,7 +131,7 @@ def redraw(experiment: Experiment, parameters: dict[str, Any]) -> None:
     """Run all code cells in this process on stored results: figures and tables again, no model, no kernel."""
     check_parameters(experiment, parameters)
     namespace: dict[str, Any] = {"__name__": f"redraw_{experiment.name}", "display": lambda *_args: None}
-    with _environment({STORED_ONLY: "1"}):
+    with environment({STORED_ONLY: "1"}):
         for cell in _read(experiment).cells:
             if cell.cell_type != "code":
                 continue
@@ -200,12 +200,13 @@ def _kernel_of_this_interpreter(work: Path) -> Iterator[str]:
     spec = {"argv": arguments, "display_name": "Python 3", "language": "python"}
     (folder / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
     joined = os.pathsep.join([str(work / "jupyter"), os.environ.get("JUPYTER_PATH", "")]).strip(os.pathsep)
-    with _environment({"JUPYTER_PATH": joined, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}):
+    with environment({"JUPYTER_PATH": joined, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}):
         yield name
 
 
 @contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables set inside, as they were outside."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
