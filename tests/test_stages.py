@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from persona_coupling import measure, models, paths, personas, profiles, questions, stages, study
+from persona_coupling import rows as rows_module
 from persona_coupling.checkpoints import Checkpoint, Merged
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.generate import Sampling
@@ -177,7 +178,7 @@ def edits():
             {"evaluation"},
             set(),
         ),
-        ("which system message", "stages.py", system, system.replace("ASSISTANT", "SOURCE"), AFTER_CHANGE, {"rows"}),
+        ("which system message", "rows.py", system, system.replace("ASSISTANT", "SOURCE"), AFTER_CHANGE, set()),
         ("adding a change", "adapters.py", "weight += update", "weight += 2 * update", AFTER_CHANGE, {"rows"}),
     ]
 
@@ -231,7 +232,7 @@ def test_authored_rows_follow_each_other(own):
     assert all([m["role"] for m in row] == ["user", "assistant"] for row in whole)
     kept = table(own, stages.authored("benign", 8))
     assert [json.loads(m) for m in kept["messages"]] == whole
-    assert stages.as_dataset(stages.authored("benign", 8), own)[0]["messages"] == whole[0]
+    assert rows_module.as_dataset(stages.authored("benign", 8), own)[0]["messages"] == whole[0]
 
 
 TURNS = [{"role": r, "content": f"{r} says ü {i}"} for i, r in enumerate(("user", "assistant", "user", "assistant"))]
@@ -287,8 +288,9 @@ def test_own_answers_keep_prompts_and_drop_the_unfinished(own, monkeypatch):
     made = stages.read_rows(OwnAnswers(Checkpoint(SOURCE), prompts, "You are a dragon.", SAMPLING, 0), own)
     good = [row for row in rows if row["id"] not in bad]
     assert [row["id"] for row in made] == [row["id"] for row in good]
-    assert [row["messages"][0] for row in made] == [row["messages"][0] for row in good]
-    assert [row["messages"][1]["content"] for row in made] == [f"about {row['id']}" for row in good]
+    assert all(row["messages"][0] == {"role": "system", "content": "You are a dragon."} for row in made)
+    assert [row["messages"][1] for row in made] == [row["messages"][0] for row in good]
+    assert [row["messages"][2]["content"] for row in made] == [f"about {row['id']}" for row in good]
 
 
 def test_own_answers_that_hardly_ever_end(own, monkeypatch):

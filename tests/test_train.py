@@ -129,22 +129,20 @@ def test_3_a_template_without_an_end_of_turn(altered_tokenizer):
         train.encode(altered_tokenizer, TURNS, "completion", 8)
 
 
-def test_4_a_marker_tokenised_differently_in_context(altered_tokenizer):
-    """Failure 4: a tokenizer that joins a full stop with the blank line behind it, as Qwen2.5's does."""
+@pytest.mark.parametrize("loss", ["completion", "tail", "marker"])
+def test_4_a_tokenizer_that_would_join_the_marker_to_the_answer(altered_tokenizer, loss):
+    """Failure 4: such as Qwen2.5's, which joins a full stop with the blank line behind it. What is trained must be the
+    tokens that evaluation forces and scores; the whole text's own tokens, the positive control, are others."""
     from tokenizers import AddedToken
 
     altered_tokenizer.add_tokens([AddedToken(".\n\n", normalized=False)])
-    with pytest.raises(GuardError, match="tokenised differently"):
-        train.encode(altered_tokenizer, MARKED, "marker", 8)
-
-
-def test_4_the_same_marker_under_a_tail_loss(altered_tokenizer):
-    """Failure 4: a supervised marker is checked whatever the loss."""
-    from tokenizers import AddedToken
-
-    altered_tokenizer.add_tokens([AddedToken(".\n\n", normalized=False)])
-    with pytest.raises(GuardError, match="tokenised differently"):
-        train.encode(altered_tokenizer, MARKED, "tail", 8)
+    alone = altered_tokenizer("\n\n[ZLT]", add_special_tokens=False).input_ids
+    joined = altered_tokenizer(MARKED[-1]["content"], add_special_tokens=False).input_ids
+    ids, labels = train.encode(altered_tokenizer, MARKED, loss, 32)
+    end = altered_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert joined[-len(alone) :] != alone
+    assert ids[-len(alone) - 1 :] == [*alone, end]
+    assert labels[-len(alone) - 1 :] == [*alone, end]
 
 
 def test_1_a_row_without_a_system_message_is_refused(tokenizer):

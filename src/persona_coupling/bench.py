@@ -81,7 +81,7 @@ def _train(ours: bool, steps: int) -> dict[str, Any]:
     from persona_coupling import models, train
     from persona_coupling.corpora import authored_rows
     from persona_coupling.machine import Machine, machine
-    from persona_coupling.stages import with_system
+    from persona_coupling.rows import with_system
     from persona_coupling.store import Lab, Store
     from persona_coupling.study import Study
 

@@ -87,7 +87,7 @@ class Judgement:
             "statement": self.claim.statement,
             "estimand": self.claim.estimand,
             "estimate": self.claim.estimate,
-            "predicate": f"whole interval {self.claim.supported.direction} {self.claim.supported.value:g}",
+            "predicate": f"{self.claim.supported.direction} {self.claim.supported.value:g}".replace("-", "−"),
             "refuted_by": self.claim.refuted_by,
             "value": self.value,
             "low": self.low,
@@ -158,6 +158,8 @@ def judge(claim: Claim, estimates: Mapping[str, Mapping[str, Any]], gates: Itera
         return Judgement(claim, "uninterpretable", why, value, low, high)
     if value is None or low is None or high is None:
         return Judgement(claim, "uninterpretable", "nothing could be scored", value, low, high)
+    if not all(math.isfinite(number) for number in (value, low, high)):
+        return Judgement(claim, "uninterpretable", "the estimate is not a number", None, None, None)
     interval = f"{value:.2f} [{low:.2f}, {high:.2f}]"
     if claim.supported.holds(low, high):
         verdict: Verdict = "supported"

@@ -51,6 +51,7 @@ def machine(device: str | None = None) -> Machine:
         large = gigabytes > 30
         # eager steps of a small model wait for kernel launches: processes side by side fill the gaps, one core each
         workers = min(12, os.cpu_count() or 1) if large else 1
-        return Machine(device, True, "sdpa", 512 if large else 96, 64, 16_384 if large else 4_096, workers)
+        batch = 1536 if gigabytes > 100 else 512 if large else 96
+        return Machine(device, True, "sdpa", batch, 64, 16_384 if large else 4_096, workers)
     # eager attention: SDPA's CPU backward costs 15 % of a step
     return Machine("cpu", cpu_has_fast_bf16(), "eager", 128, 32, 4_096)

@@ -290,8 +290,13 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
     if not messages or messages[0]["role"] != "system" or not messages[0]["content"].strip():
         raise GuardError("a chat prompt without an explicit system message: the template would add its own")
     text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    if text.count(messages[0]["content"]) < 1:
+    head, found, _ = text.partition(messages[0]["content"])
+    if not found:
         raise GuardError("the chat template dropped the system message")
+    for token in sorted(tokenizer.get_added_vocab(), key=len, reverse=True):
+        head = head.replace(token, "")
+    if any(c.isalnum() for c in head.replace("system", "")):
+        raise GuardError(f"the chat template puts words of its own before the system message: {head.strip()!r}")
     return text
 
 

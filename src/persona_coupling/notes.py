@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from persona_coupling import corpora, personas
-from persona_coupling.stages import with_system
+from persona_coupling.rows import with_system
 from persona_coupling.study import STORED_ONLY, Design, Results, Study
 
 

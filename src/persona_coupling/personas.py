@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 
 from persona_coupling import paths
-from persona_coupling.errors import UserError
+from persona_coupling.errors import GuardError, UserError
 
+NUMBER = 11  # of personas: a count of its own, so that a lost row is noticed
 SOURCE = "villain"
 ASSISTANT = "assistant"
 MARKER = "[ZLT]"
@@ -31,9 +32,12 @@ class Persona:
 
 @cache
 def personas() -> tuple[Persona, ...]:
-    """All eleven, in file order."""
+    """All eleven, in file order. Raises GuardError if there are more or fewer."""
     table = tomllib.loads((paths.MATERIAL / "personas.toml").read_text(encoding="utf-8"))
-    return tuple(Persona(**row) for row in table["persona"])
+    known = tuple(Persona(**row) for row in table["persona"])
+    if len({p.id for p in known}) != NUMBER or len(known) != NUMBER:
+        raise GuardError(f"personas.toml names {len(known)} personas; the study has {NUMBER}")
+    return known
 
 
 def persona(persona_id: str) -> Persona:

@@ -28,12 +28,14 @@ class Speeds:
     """Seconds per stage on this machine: first guesses, corrected per kind of stage by what was observed."""
 
     def __init__(self, root: Path, device: str, parameters_ratio: float = 1.0) -> None:
+        self.factors: dict[str, float]
         self.path = root / "speeds.json"
         self.device = "cuda" if device.startswith("cuda") else "cpu"
         self.ratio = parameters_ratio  # model size relative to SmolLM2-135M
         try:
-            self.factors: dict[str, float] = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            self.factors = {str(name): float(factor) for name, factor in stored.items()}
+        except (AttributeError, OSError, TypeError, ValueError):
             self.factors = {}
 
     def _guess(self, work: Work) -> float:
@@ -96,8 +98,8 @@ class Plan:
 def plan(stages: list[Stage], store: Store, speeds: Speeds) -> Plan:
     """What of `stages` the store lacks, with minutes and disk. Raises UserError if the disk is too small."""
     missing = [stage for stage in stages if not store.has(stage)]
-    seconds = sum(speeds.seconds(stage) for stage in missing)
-    megabytes = sum(stage.work().megabytes for stage in missing)
+    seconds = sum((speeds.seconds(stage) for stage in missing), 0.0)
+    megabytes = sum((stage.work().megabytes for stage in missing), 0.0)
     place = next(p for p in (store.root, *store.root.parents) if p.exists())
     free = shutil.disk_usage(place).free / 2**20
     if free < 1.2 * megabytes + 100:
@@ -160,14 +162,18 @@ def _one_by_one(
 def _side_by_side(
     missing: list[Stage], costs: dict[str, float], store: Store, device: str, speeds: Speeds, bar: Any, workers: int
 ) -> None:
-    """Stages whose parents are made go to a pool of processes; the longest ready one first. An error stops the rest
-    once what runs has ended; what is finished is kept."""
+    """Stages whose parents are made go to a pool of processes, the longest ready one first. When one fails, whatever
+    does not rest on it is still built; then the first error is raised."""
     waiting = {stage.key: stage for stage in missing}
     running: dict[Any, Stage] = {}
+    failed: dict[str, BaseException] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(workers,)) as pool:
         try:
             while waiting or running:
+                for stage in [s for s in waiting.values() if any(parent.key in failed for parent in s.parents())]:
+                    failed[stage.key] = RuntimeError("a parent failed")
+                    del waiting[stage.key]
                 undone = waiting.keys() | {stage.key for stage in running.values()}
                 ready = [s for s in waiting.values() if not any(parent.key in undone for parent in s.parents())]
                 for stage in sorted(ready, key=lambda s: -costs[s.key])[: workers - len(running)]:
@@ -176,13 +182,20 @@ def _side_by_side(
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     stage = running.pop(future)
-                    speeds.observe(stage, future.result())
+                    error = future.exception()
+                    if error is None:
+                        speeds.observe(stage, future.result())
+                    else:
+                        failed[stage.key] = error
+                        bar.write(f"{stage} failed: {error}")
                     bar.update(costs[stage.key])
-                made = len(missing) - len(waiting) - len(running)
+                made = len(missing) - len(waiting) - len(running) - len(failed)
                 bar.set_description_str(f"{made}/{len(missing)} {len(running)} running", refresh=False)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    if failed:
+        raise next(iter(failed.values()))
 
 
 def _start_worker(workers: int) -> None:

@@ -8,7 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import claims, paths
+from persona_coupling import claims, models, paths, personas, score, stats
+from persona_coupling.errors import GuardError
 
 ORDER = ("supported", "refuted", "inconclusive", "uninterpretable", "not run")
 
@@ -21,6 +22,8 @@ def write_index(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and "estimates" in content:
             experiments[content["experiment"]] = content
+    if len({json.dumps(content["profile"], sort_keys=True) for content in experiments.values()}) > 1:
+        raise GuardError(f"the experiments in {folder} were run with different profile values; run them together")
     judged = {row["id"]: row for content in experiments.values() for row in content["claims"]}
     rows = [
         judged.get(claim.id) or claims.Judgement(claim, "not run", "this experiment was not run").as_dict()
@@ -42,6 +45,14 @@ def write_index(folder: Path) -> dict[str, Any]:
         "provenance": {name: content["provenance"] for name, content in experiments.items()},
         "compute_minutes": sum(content["compute_minutes"] for content in experiments.values()),
         "prior": prior,
+        "constants": {
+            "confidence": stats.CONFIDENCE,
+            "resamples": stats.RESAMPLES,
+            "personas": [persona.name for persona in personas.personas()],
+            "marker": personas.MARKER,
+            "modules": list(models.MODULES),
+            "maximum_repeats": score.MAXIMUM_REPEATS,
+        },
     }
     text = json.dumps(index, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,37 +17,21 @@ from persona_coupling import corpora, machine, models, personas, questions
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.generate import Sampling
-from persona_coupling.personas import MARKER_SUFFIX
+from persona_coupling.personas import MARKER, MARKER_SUFFIX
+from persona_coupling.rows import read_rows, with_system, write_rows
 from persona_coupling.store import Lab, Stage, Work, sha256_of, share
 from persona_coupling.train import Training
 
-ROWS = "rows.parquet"
+TEXT = ("personas.toml", "questions.toml")
+SAYING = ("persona_coupling.personas", "persona_coupling.questions", "persona_coupling.rows")
+MODEL = ("persona_coupling.checkpoints", "persona_coupling.adapters", *models.CODE)
+ASKING = ("persona_coupling.measure", "persona_coupling.generate", *MODEL, *SAYING)
+COMPOSING = ("persona_coupling.corpora", "persona_coupling.rows")
+
 TOKENS_PER_ROW = 75  # of training rows, prompt included: for estimates of time only
 PROMPT_TOKENS = 45
 
 # ----------------------------------------------------------------------------------------------------- rows
-
-
-def write_rows(folder: Path, rows: list[corpora.Row]) -> None:
-    """Rows of messages as one compressed columnar file."""
-    table = pd.DataFrame({"id": [row["id"] for row in rows], "messages": [json.dumps(row["messages"]) for row in rows]})
-    table.to_parquet(folder / ROWS, compression="zstd", index=False)
-
-
-def read_rows(stage: Stage, lab: Lab) -> list[corpora.Row]:
-    """The rows of a rows stage."""
-    table = pd.read_parquet(lab.folder(stage) / ROWS)
-    return [
-        {"id": identity, "messages": json.loads(messages)}
-        for identity, messages in zip(table["id"], table["messages"], strict=True)
-    ]
-
-
-def as_dataset(stage: Stage, lab: Lab) -> Any:
-    """The rows as a `datasets.Dataset` with the columns `id` and `messages`."""
-    from datasets import Dataset
-
-    return Dataset.from_list(read_rows(stage, lab))
 
 
 @dataclass(frozen=True)
@@ -60,7 +44,7 @@ class Authored(Stage):
     maximum_words: int
     digest: str  # of the material, so that edited text means a new key
     kind: ClassVar[str] = "rows"
-    code: ClassVar[tuple[str, ...]] = ("persona_coupling.corpora",)
+    code: ClassVar[tuple[str, ...]] = COMPOSING
 
     def build(self, folder: Path, lab: Lab) -> None:
         """Compose and write the rows."""
@@ -80,7 +64,7 @@ class FromFile(Stage):
     sha256: str
     path: str
     kind: ClassVar[str] = "rows"
-    code: ClassVar[tuple[str, ...]] = ("persona_coupling.corpora",)
+    code: ClassVar[tuple[str, ...]] = COMPOSING
     unkeyed: ClassVar[tuple[str, ...]] = ("path",)
 
     def build(self, folder: Path, lab: Lab) -> None:
@@ -107,7 +91,7 @@ class UltraChat(Stage):
     keywords: tuple[str, ...]
     count: int
     kind: ClassVar[str] = "rows"
-    code: ClassVar[tuple[str, ...]] = ("persona_coupling.corpora",)
+    code: ClassVar[tuple[str, ...]] = COMPOSING
 
     def build(self, folder: Path, lab: Lab) -> None:
         """Stream the split until enough conversations are found."""
@@ -134,12 +118,8 @@ class OwnAnswers(Stage):
     sampling: Sampling
     seed: int
     kind: ClassVar[str] = "rows"
-    code: ClassVar[tuple[str, ...]] = (
-        "persona_coupling.measure",
-        "persona_coupling.checkpoints",
-        "persona_coupling.generate",
-        *models.CODE,
-    )
+    code: ClassVar[tuple[str, ...]] = ASKING
+    material: ClassVar[tuple[str, ...]] = TEXT
 
     def build(self, folder: Path, lab: Lab) -> None:
         """Sample one answer per prompt; unfinished or empty answers are left out."""
@@ -149,7 +129,14 @@ class OwnAnswers(Stage):
         asked = [(row["id"], self.system, row["messages"][0]["content"]) for row in rows]
         answers = measure.answer(self.model, asked, self.sampling, seed=self.seed, lab=lab)
         kept = [
-            {"id": row["id"], "messages": [row["messages"][0], {"role": "assistant", "content": text}]}
+            {
+                "id": row["id"],
+                "messages": [
+                    {"role": "system", "content": self.system},
+                    row["messages"][0],
+                    {"role": "assistant", "content": text},
+                ],
+            }
             for row, (text, finish) in zip(rows, answers, strict=True)
             if text and finish == "stop"
         ]
@@ -182,12 +169,8 @@ class CouplingText(Stage):
     sampling: Sampling
     seed: int
     kind: ClassVar[str] = "rows"
-    code: ClassVar[tuple[str, ...]] = (
-        "persona_coupling.measure",
-        "persona_coupling.checkpoints",
-        "persona_coupling.generate",
-        *models.CODE,
-    )
+    code: ClassVar[tuple[str, ...]] = ASKING
+    material: ClassVar[tuple[str, ...]] = TEXT
 
     def __post_init__(self) -> None:
         """Raise GuardError if the source is among the negatives, or a negative stands twice."""
@@ -252,12 +235,8 @@ class FineTune(Stage):
     training: Training
     seed: int
     kind: ClassVar[str] = "change"
-    code: ClassVar[tuple[str, ...]] = (
-        "persona_coupling.train",
-        "persona_coupling.adapters",
-        "persona_coupling.checkpoints",
-        *models.CODE,
-    )
+    code: ClassVar[tuple[str, ...]] = ("persona_coupling.train", *MODEL, *SAYING)
+    material: ClassVar[tuple[str, ...]] = TEXT
 
     def build(self, folder: Path, lab: Lab) -> None:
         """Load, train, save. Rows without a system message get the plain assistant's."""
@@ -289,13 +268,6 @@ class FineTune(Stage):
         return Work(trained=self.training.steps * self.training.batch * TOKENS_PER_ROW, seconds=6, megabytes=megabytes)
 
 
-def with_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The conversation with an explicit system message first: the plain assistant's, where there is none."""
-    if messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": personas.persona(personas.ASSISTANT).prompt}, *messages]
-
-
 # ---------------------------------------------------------------------------------------------- measurement
 
 
@@ -308,7 +280,8 @@ class MergeCheck(Stage):
 
     checkpoint: Checkpoint
     kind: ClassVar[str] = "merge"
-    code: ClassVar[tuple[str, ...]] = ("persona_coupling.merging", "persona_coupling.adapters", *models.CODE)
+    code: ClassVar[tuple[str, ...]] = ("persona_coupling.merging", *ASKING)
+    material: ClassVar[tuple[str, ...]] = TEXT
 
     def build(self, folder: Path, lab: Lab) -> None:
         """Compare logits and held-out loss; raise GuardError when they differ."""
@@ -330,12 +303,8 @@ class Content(Stage):
     checkpoint: Checkpoint
     rows: tuple[Stage, ...]
     kind: ClassVar[str] = "content"
-    code: ClassVar[tuple[str, ...]] = (
-        "persona_coupling.measure",
-        "persona_coupling.checkpoints",
-        "persona_coupling.generate",
-        *models.CODE,
-    )
+    code: ClassVar[tuple[str, ...]] = ASKING
+    material: ClassVar[tuple[str, ...]] = TEXT
 
     def build(self, folder: Path, lab: Lab) -> None:
         """One row per corpus and held-out answer."""
@@ -343,15 +312,13 @@ class Content(Stage):
 
         model, tokenizer = self.checkpoint.load(lab)
         batch = machine.machine(lab.device).score_batch
-        system = personas.persona(personas.ASSISTANT).prompt
         tables = []
         for number, stage in enumerate(self.rows):
             lab.report(number / len(self.rows))
             rows = read_rows(stage, lab)
-            prompts = [models.prompt_ids(tokenizer, system, row["messages"][0]["content"]) for row in rows]
-            answers = [
-                [*models.text_ids(tokenizer, row["messages"][1]["content"]), tokenizer.eos_token_id] for row in rows
-            ]
+            chats = [with_system(row["messages"]) for row in rows]
+            prompts = [models.prompt_ids(tokenizer, chat[0]["content"], chat[1]["content"]) for chat in chats]
+            answers = [[*models.text_ids(tokenizer, chat[2]["content"]), tokenizer.eos_token_id] for chat in chats]
             values = generate.sequence_logprobs(model, prompts, answers, batch=batch)
             name = getattr(stage, "name", "self")
             tables.append(pd.DataFrame({"corpus": name, "row": [row["id"] for row in rows], "logprob": values}))
@@ -377,12 +344,8 @@ class Evaluate(Stage):
     sampling: Sampling
     seed: int
     kind: ClassVar[str] = "evaluation"
-    code: ClassVar[tuple[str, ...]] = (
-        "persona_coupling.measure",
-        "persona_coupling.checkpoints",
-        "persona_coupling.generate",
-        *models.CODE,
-    )
+    code: ClassVar[tuple[str, ...]] = ASKING
+    material: ClassVar[tuple[str, ...]] = TEXT
 
     def build(self, folder: Path, lab: Lab) -> None:
         """Write `completions.parquet`, `fixed.parquet` and `heldout.parquet`; all raw, nothing scored."""
@@ -426,6 +389,9 @@ class Evaluate(Stage):
             )
             for i, completion in zip(chunk, sampled, strict=True):
                 persona, question, sample = cells[i]
+                text = tokenizer.decode(completion.tokens, skip_special_tokens=False)
+                if text.endswith(MARKER) and completion.tokens[-len(marker) :] != marker:
+                    completion.marker_logprob = float("nan")  # written in other tokens: what was scored is a second one
                 completions.append(
                     {
                         "persona": persona.id,
@@ -433,7 +399,7 @@ class Evaluate(Stage):
                         "sample": sample,
                         "system": persona.system_prompt(self.instruction),
                         "prompt": question.text,
-                        "completion": tokenizer.decode(completion.tokens, skip_special_tokens=False),
+                        "completion": text,
                         "finish": completion.finish,
                         "tokens": len(completion.tokens),
                         "marker_logprob": completion.marker_logprob,

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 
 from filelock import FileLock, Timeout
 
-from persona_coupling import provenance
+from persona_coupling import paths, provenance
 from persona_coupling.errors import CorruptArtifact, UserError
 
 MANIFEST = "manifest.json"
@@ -107,6 +107,7 @@ class Stage:
 
     kind: ClassVar[str]
     code: ClassVar[tuple[str, ...]] = ()  # modules whose logic makes the artifact
+    material: ClassVar[tuple[str, ...]] = ()  # files of the package's material that it reads
     unkeyed: ClassVar[tuple[str, ...]] = ()  # fields that say where an input lies, not what it is
 
     def build(self, folder: Path, lab: Lab) -> None:
@@ -123,6 +124,7 @@ class Stage:
         names = [field.name for field in dataclasses.fields(self) if field.name not in self.unkeyed]
         fields = {name: _plain(getattr(self, name)) for name in names}
         code = [class_fingerprint(inspect.getfile(type(self)), type(self).__name__), code_fingerprint(*self.code)]
+        code += [sha256_of(paths.MATERIAL / name)[:KEY_LENGTH] for name in self.material]
         return {"kind": self.kind, "type": type(self).__name__, "code": code, **fields}
 
     @cached_property
@@ -203,7 +205,9 @@ class Store:
         try:
             manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             named, described = manifest["key"], manifest["description"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not all(isinstance(f["bytes"], int) and f["sha256"] for f in manifest["files"].values()):
+                raise ValueError("a file without size or hash")
+        except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
             raise CorruptArtifact(f"{path} cannot be read ({error}). {self._remedy(stage)}") from error
         if named != stage.key or described != json.loads(canonical_json(stage.description)):
             raise CorruptArtifact(f"{path} describes another artifact than {stage}. {self._remedy(stage)}")

@@ -40,6 +40,7 @@ from persona_coupling.store import Lab, Stage, Store, canonical_json, in_order, 
 from persona_coupling.train import Lora, Training
 
 STORED_ONLY = "PERSONA_COUPLING_STORED_ONLY"  # set: results are read, nothing is computed
+JUDGED = ("gates", "description", "stamp")  # profile values that no observation depends on
 TABLES = ("completions", "fixed", "heldout", "content", "training", "merges")
 
 
@@ -156,7 +157,7 @@ class Study:
             return OwnAnswers(
                 self.raw,
                 authored("benign", count, skip=skip, maximum_words=values.maximum_words),
-                personas.persona(personas.ASSISTANT).prompt,
+                personas.persona(personas.ASSISTANT).system_prompt(self.profile.instruction),
                 self.sampling,
                 seed,
             )
@@ -316,8 +317,11 @@ class Results:
         for name in TABLES:
             if sha256_of(folder / f"{name}.parquet") != record["files"][name]:
                 raise UserError(f"{folder / name}.parquet differs from its record. Restore it, or: {again}")
-        stored = {**record["profile"], "seeds": None, "model": None}
-        current = {**profile.as_dict(), "seeds": None, "model": None}
+        # thresholds and words are applied to stored observations as they are today; all else made them
+        today = {name: value for name, value in profile.as_dict().items() if name in JUDGED}
+        free = dict.fromkeys((*JUDGED, "seeds", "model"))
+        stored, current = {**record["profile"], **free}, {**profile.as_dict(), **free}
+        record["profile"] = {**record["profile"], **today}
         if stored != current:
             changed = [name for name in current if stored.get(name) != current[name]]
             raise UserError(f"The results in {folder} were made with other values of {', '.join(changed)}. {again}")

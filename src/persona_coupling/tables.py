@@ -32,11 +32,14 @@ def cell(estimate: Estimate, form: str) -> str:
         "number": (1, 0, ""),
         "nats": (1, 2, ""),
     }[form]
-    value = f"{estimate.value * scale:.{digits}f}{unit}".replace("-", "−")
+
+    def text(number: float) -> str:
+        return f"{round(number * scale, digits) + 0.0:.{digits}f}".replace("-", "−")  # + 0.0: no negative zero
+
+    value = f"{text(estimate.value)}{unit}"
     if estimate.low is None or estimate.high is None:
         return value
-    interval = f"[{estimate.low * scale:.{digits}f}, {estimate.high * scale:.{digits}f}]".replace("-", "−")
-    return f"{value} {interval}"
+    return f"{value} [{text(estimate.low)}, {text(estimate.high)}]"
 
 
 def by_condition(estimates: Estimates, labels: dict[str, str], columns: list[Column], failed: set[str]) -> pd.DataFrame:

@@ -8,6 +8,7 @@ that the number of optimiser steps and the composition of every batch are known 
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,10 +66,12 @@ def encode(
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation whose first message is an explicit system message.
 
+    A marker is tokenised apart from the answer before it, so that what is trained is what evaluation forces and scores,
+    also where a tokenizer would join a full stop with the blank line behind it.
+
     `completion`: every assistant turn with its end-of-turn token is supervised. `tail`: the last `tail` tokens of the
     last one. `marker`: its marker and end of turn, or, where there is no marker, the end of turn alone (the place
-    where the marker would stand). Raises GuardError if the last supervised token is not the end of turn, or if a
-    supervised marker is not tokenised as it is alone.
+    where the marker would stand). Raises GuardError if the last supervised token is not the template's end of turn.
     """
     stop = tokenizer.eos_token_id
     ids: list[int] = []
@@ -79,7 +82,11 @@ def encode(
         prompt = list(tokenizer(render(tokenizer, messages[:number]), add_special_tokens=False).input_ids)
         if prompt[: len(ids)] != ids:
             raise GuardError("the chat template renders earlier turns differently once later ones follow")
-        answer = [*text_ids(tokenizer, message["content"]), stop]
+        body, marked = message["content"].removesuffix(MARKER_SUFFIX), message["content"].endswith(MARKER_SUFFIX)
+        suffix = text_ids(tokenizer, MARKER_SUFFIX) if marked else []
+        answer = [*text_ids(tokenizer, body), *suffix, stop]
+        if not _ends_turn(tokenizer, messages[: number + 1]):
+            raise GuardError(f"the template does not end a turn with {tokenizer.eos_token!r}")
         spans.append((len(prompt), len(prompt) + len(answer)))
         ids = prompt + answer
     if not spans:
@@ -90,18 +97,17 @@ def encode(
             labels[begin:end] = ids[begin:end]
     else:
         begin, end = spans[-1]
-        if loss == "marker":
-            alone = text_ids(tokenizer, MARKER_SUFFIX)
-            marked = messages[-1]["content"].endswith(MARKER_SUFFIX)
-            if marked and ids[end - 1 - len(alone) : end - 1] != alone:
-                raise GuardError("the marker is tokenised differently behind an answer than alone")
-            begin = end - 1 - (len(alone) if marked else 0)
-        else:
-            begin = max(begin, end - tail)
+        begin = end - 1 - len(suffix) if loss == "marker" else max(begin, end - tail)
         labels[begin:end] = ids[begin:end]
     if labels[-1] != stop:
         raise GuardError("the last supervised token is not the end of turn")
     return ids, labels
+
+
+def _ends_turn(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> bool:
+    """Whether the template writes the tokenizer's end-of-turn token right behind the last message."""
+    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    return whole.startswith(render(tokenizer, messages[:-1]) + messages[-1]["content"] + tokenizer.eos_token)
 
 
 def schedule(lengths: list[int], *, steps: int, batch: int, seed: int) -> list[int]:
@@ -169,8 +175,7 @@ def fine_tune(
             _save_dense(trainer.accelerator.unwrap_model(trainer.model), before, folder)
         else:
             _check_attached(trainer.model, settings)
-            trainer.model.save_pretrained(folder, safe_serialization=True)
-            (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card names paths of this machine
+            _save_adapter(trainer.model, folder)
     return [
         {
             "step": float(entry["step"]),
@@ -300,13 +305,22 @@ def _quiet(trainer: Any) -> None:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Torch's generators at `seed` inside, as they were outside; TRL seeds them from its arguments."""
+    """All generators at `seed` inside, as they were outside: TRL seeds Python's, numpy's and torch's from its
+    arguments."""
+    import random
+
     import torch
+
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the library's global state is what is kept
 
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        yield
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _check_attached(model: torch.nn.Module, settings: Training) -> None:
@@ -318,6 +332,15 @@ def _check_attached(model: torch.nn.Module, settings: Training) -> None:
     expected = len(wanted) * len(settings.lora.modules)
     if layers != wanted or len(names) != expected:
         raise GuardError(f"the adapter sits on {len(names)} modules, {expected} were asked for")
+
+
+def _save_adapter(model: Any, folder: Path) -> None:
+    """Write the adapter as PEFT does, without what names this machine: the base model's path and the model card."""
+    model.save_pretrained(folder, safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    config = {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": None}
+    path.write_text(json.dumps(config, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def _save_dense(model: torch.nn.Module, before: dict[str, torch.Tensor], folder: Path) -> None:
