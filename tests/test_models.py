@@ -86,15 +86,32 @@ def test_the_pad_token_is_not_the_end_of_turn(tokenizer, altered_tokenizer):
         assert altered_tokenizer.padding_side == "left"
 
 
-@pytest.mark.parametrize(("part", "value"), [("eos_token", None), ("chat_template", None)])
-def test_an_incomplete_tokenizer_is_refused(altered_tokenizer, part, value):
-    setattr(altered_tokenizer, part, value)
-    with pytest.raises(UserError, match="end-of-turn" if part == "eos_token" else "chat template"):
+@pytest.mark.parametrize("converted", [None, "<|im_start|>", "<|endoftext|>"])
+def test_3_the_end_of_turn_is_the_templates_whatever_a_conversion_made_of_it(altered_tokenizer, converted):
+    """Failure 3: transformers 5.17 reads the begin of a turn as the eos token of SmolLM2's GGUF."""
+    altered_tokenizer.eos_token = converted
+    models.complete_tokenizer(altered_tokenizer)
+    assert altered_tokenizer.eos_token == "<|im_end|>"
+    assert altered_tokenizer.pad_token not in (None, "<|im_end|>")
+
+
+def test_3_a_template_that_ends_no_turn_is_refused(altered_tokenizer):
+    altered_tokenizer.chat_template = altered_tokenizer.chat_template.replace(
+        "message['content'] + '<|im_end|>'", "message['content']"
+    )
+    with pytest.raises(UserError, match="ends an answer with no special token"):
         models.complete_tokenizer(altered_tokenizer)
 
 
-def test_a_tokenizer_without_a_spare_pad_token_is_refused(altered_tokenizer):
-    altered_tokenizer.pad_token = altered_tokenizer.eos_token = "<|endoftext|>"
+def test_a_tokenizer_without_a_chat_template_is_refused(altered_tokenizer):
+    altered_tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        models.complete_tokenizer(altered_tokenizer)
+
+
+def test_a_tokenizer_without_a_spare_pad_token_is_refused(altered_tokenizer, monkeypatch):
+    altered_tokenizer.pad_token = None
+    monkeypatch.setattr(type(altered_tokenizer), "get_vocab", lambda _self: {"<|im_end|>": 2})
     with pytest.raises(UserError, match="Set `pad_token`"):
         models.complete_tokenizer(altered_tokenizer)
 

@@ -64,7 +64,11 @@ for seed in study.seeds:
         design.cells.append(study.cell(f"{arm}.scratch", scratch, seed=seed, arm=arm, adapter="scratch"))
 
 # %%
+import pandas as pd
+
 from persona_coupling import figures, gates, measures, notebooks, notes, report, tables
+
+pd.options.display.max_colwidth = None
 
 experiment = next(e for e in notebooks.discover() if e.name == "00_replication")
 labels = {

@@ -49,8 +49,9 @@ class Estimates:
 
 
 def generator(name: str) -> np.random.Generator:
-    """The bootstrap's random numbers, fixed by the estimate's name: the same data always give the same interval."""
-    return np.random.default_rng(zlib.crc32(name.encode()))
+    """The bootstrap's random numbers, fixed by the measure (what stands behind the last dot of an estimate's name): the
+    same data always give the same interval, under whatever condition they stand."""
+    return np.random.default_rng(zlib.crc32(name.rsplit(".", 1)[-1].encode()))
 
 
 def estimate(results: Results) -> Estimates:

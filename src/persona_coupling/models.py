@@ -183,19 +183,19 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         fresh = type(read)(config)
         fresh.load_state_dict(read.state_dict())
         complete_tokenizer(tokenizer)
-        fresh.config.pad_token_id = tokenizer.pad_token_id
-        fresh.generation_config.pad_token_id = tokenizer.pad_token_id
+        for settings in (fresh.config, fresh.generation_config):
+            settings.pad_token_id, settings.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
         fresh.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
 def complete_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the tokenizer a pad token that is not its end-of-turn token. Raises UserError when it has no end of turn
-    or no chat template."""
-    if tokenizer.eos_token_id is None:
-        raise UserError("The tokenizer has no end-of-turn (eos) token. Set `eos_token` in tokenizer_config.json.")
+    """Make the template's end of turn the eos token, whatever a conversion made of it (transformers 5.17 reads another
+    from SmolLM2's GGUF than 5.23 does), and give the tokenizer a pad token that is not it. Raises UserError when it has
+    no end of turn or no chat template."""
     if not tokenizer.chat_template:
         raise UserError("The tokenizer has no chat template: this is not a chat model. Choose an instruct model.")
+    tokenizer.eos_token = end_of_turn(tokenizer)
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         vocabulary = tokenizer.get_vocab()
         candidates = ("<|pad|>", "<pad>", "<|endoftext|>", "<unk>", tokenizer.unk_token)
@@ -204,6 +204,18 @@ def complete_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
             raise UserError("The tokenizer has no pad token apart from its end-of-turn token. Set `pad_token`.")
         tokenizer.pad_token = spare
     tokenizer.padding_side = "left"
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The special token that the chat template writes behind an answer. Raises UserError when there is none."""
+    said = "Certainly so"
+    messages = [{"role": r, "content": c} for r, c in (("system", "Be."), ("user", "So?"), ("assistant", said))]
+    behind = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition(said)[2]
+    specials = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    found = [token for token in specials if token and behind.startswith(token)]
+    if not found:
+        raise UserError("The chat template ends an answer with no special token. Choose a model whose template does.")
+    return max(found, key=len)
 
 
 @contextlib.contextmanager

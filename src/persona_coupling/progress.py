@@ -112,7 +112,7 @@ def plan(stages: list[Stage], store: Store, speeds: Speeds) -> Plan:
 
 def running_lab(store: Store, device: str) -> Lab:
     """A lab that shows one small bar per stage it builds: for notebooks opened by hand."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     bar = tqdm(total=100, unit="%", leave=False, desc="stage", disable=not sys.stderr.isatty())
 
