@@ -109,7 +109,7 @@ def test_the_record_and_the_table_carry_the_numbers():
     made = claims.judge(claim(), numbers(0.5, 0.4, 0.6), [gate(0.9)])
     record = made.as_dict()
     assert (record["value"], record["low"], record["high"], record["verdict"]) == (0.5, 0.4, 0.6, "supported")
-    assert record["predicate"] == "whole interval above 0.25"
+    assert record["predicate"] == "above 0.25"
     text = claims.table([made])
     assert "00-x" in text
     assert "supported" in text

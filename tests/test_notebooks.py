@@ -1,6 +1,8 @@
 """Experiments as folders of notebooks: found, chosen, checked and planned in a temporary checkout."""
 
 import os
+import shutil
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from persona_coupling import notebooks, paths
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.study import STORED_ONLY, Design
 
+REPOSITORY = Path(__file__).parents[1]
 GOOD_PARAMETERS = {"profile": "smoke", "seeds": [], "model": ""}
 PARAMETERS = 'profile = "quick"\nseeds = []  # empty: the profile\'s\nmodel: str = ""'
 DESIGN = """from pathlib import Path
@@ -230,3 +233,20 @@ def test_every_experiment_takes_the_three_parameters_and_plans(name):
     assert design.cells
     with pytest.raises(UserError, match="no parameter 'profiles'"):
         notebooks.check_parameters(made, {"profiles": "smoke"})
+
+
+def test_a_new_folder_is_picked_up_with_no_other_edit(tmp_path, monkeypatch):
+    """CONTRIBUTING's imaginary experiment 08, from the code that stands there."""
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    example = textwrap.dedent(text.split("```python\n")[1].split("   ```")[0])
+    shutil.copytree(REPOSITORY / "experiments" / "00_replication", tmp_path / "experiments" / "00_replication")
+    folder = tmp_path / "experiments" / "08_second_marker"
+    folder.mkdir()
+    source = '# %% tags=["parameters"]\nprofile = "quick"\nseeds = []\nmodel = ""\n\n# %% tags=["design"]\n'
+    source += "from persona_coupling.study import Design, Study\n\n" + example
+    (folder / "second_marker.py").write_text(source, encoding="utf-8")
+    monkeypatch.setenv("PERSONA_COUPLING_ROOT", str(tmp_path))
+    assert [e.name for e in notebooks.discover()] == ["00_replication", "08_second_marker"]
+    (experiment,) = notebooks.choose(["8"])
+    design = notebooks.design_of(experiment, {"profile": "smoke", "seeds": [4], "model": ""})
+    assert [(cell.condition, cell.seed) for cell in design.cells] == [("one.marker", 4)]

@@ -178,12 +178,13 @@ def paper(arguments: argparse.Namespace) -> None:
     """Figures, tables and PDF again from stored results; loads no model."""
     name = stored_profile(arguments.profile)
     started = time.monotonic()
-    for experiment in notebooks.discover():
-        record = experiment.results(name) / "record.json"
+    found = {experiment: experiment.results(name) / "record.json" for experiment in notebooks.discover()}
+    if not any(record.is_file() for record in found.values()):
+        raise UserError(f"There are no stored results of {name}. Run `nox -s reproduce -- --profile {name}`.")
+    for experiment, record in found.items():
         if not record.is_file():
-            raise UserError(
-                f"{experiment.name} has no stored results of {name}. Run `nox -s reproduce -- --profile {name}`."
-            )
+            print(f"  {experiment.name} has not been run under {name}")
+            continue
         stored = json.loads(record.read_text(encoding="utf-8"))["profile"]
         parameters = {"profile": name, "seeds": stored["seeds"], "model": ""}
         if arguments.notes:
