@@ -279,6 +279,42 @@ def answering(monkeypatch, reply):
     return asked
 
 
+def test_ultrachat_is_streamed_at_its_revision(own, tmp_path, monkeypatch):
+    """The hub's part is played by a local file of the same format; streaming and filtering are real."""
+    import datasets
+
+    turns = [{"role": "user", "content": "How do I bake bread?"}, {"role": "assistant", "content": "Slowly."}]
+    longer = [*turns, {"role": "user", "content": "And rye?"}, {"role": "assistant", "content": "Slower."}]
+    other = [{"role": "user", "content": "Name a star."}, {"role": "assistant", "content": "Vega."}]
+    records = [
+        {"prompt": m[0]["content"], "prompt_id": f"id-{i}", "messages": m} for i, m in enumerate((other, turns, longer))
+    ]
+    path = tmp_path / "ultrachat.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    real, asked = datasets.load_dataset, []
+
+    def stand_in(repository, **options):
+        asked.append((repository, options))
+        return real("json", data_files=str(path), split="train", streaming=True)
+
+    monkeypatch.setattr(datasets, "load_dataset", stand_in)
+    rows = stages.read_rows(UltraChat("owner/name", "f" * 40, "train_sft", ("bake",), 2), own)
+    assert asked == [("owner/name", {"split": "train_sft", "revision": "f" * 40, "streaming": True})]
+    assert [row["id"] for row in rows] == ["id-1", "id-2"]
+    assert [row["messages"] for row in rows] == [turns, longer]
+
+
+def test_ultrachat_without_a_network_says_what_to_do(own, monkeypatch):
+    import datasets
+
+    def offline(*_arguments, **_options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(UserError, match=r"could not be read from the hub.*Check the network"):
+        own.folder(UltraChat("owner/name", "f" * 40, "train_sft", ("bake",), 2))
+
+
 def test_own_answers_keep_prompts_and_drop_the_unfinished(own, monkeypatch):
     prompts = stages.authored("benign", 6, maximum_words=40)
     rows = stages.read_rows(prompts, own)
