@@ -71,7 +71,7 @@ class WheelModel(Stage):
 
     def work(self) -> Work:
         """Measured: 26 s, 270 MB."""
-        return Work(seconds=26, megabytes=275)
+        return Work(seconds=26.0, megabytes=275.0)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class HubModel(Stage):
 
     def work(self) -> Work:
         """A download of unknown speed."""
-        return Work(seconds=300, megabytes=16_000)
+        return Work(seconds=300.0, megabytes=16_000.0)
 
 
 @dataclass(frozen=True)

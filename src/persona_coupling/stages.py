@@ -265,7 +265,7 @@ class FineTune(Stage):
         """All steps' tokens; an adapter of rank 32 is about 40 MB at 135M parameters."""
         lora = self.training.lora
         megabytes = 270.0 if lora is None else 1.3 * lora.rank
-        return Work(trained=self.training.steps * self.training.batch * TOKENS_PER_ROW, seconds=6, megabytes=megabytes)
+        return Work(trained=self.training.steps * self.training.batch * TOKENS_PER_ROW, seconds=6.0, megabytes=megabytes)
 
 
 # ---------------------------------------------------------------------------------------------- measurement
@@ -292,7 +292,7 @@ class MergeCheck(Stage):
 
     def work(self) -> Work:
         """Three loads and a few forwards."""
-        return Work(scored=1_500, seconds=6)
+        return Work(scored=1_500, seconds=6.0)
 
 
 @dataclass(frozen=True)
@@ -329,7 +329,7 @@ class Content(Stage):
     def work(self) -> Work:
         """All held-out rows."""
         rows = sum(getattr(stage, "count", 20) for stage in self.rows) + 24
-        return Work(scored=rows * TOKENS_PER_ROW, seconds=3)
+        return Work(scored=rows * TOKENS_PER_ROW, seconds=3.0)
 
 
 @dataclass(frozen=True)
@@ -422,7 +422,7 @@ class Evaluate(Stage):
         return Work(
             sampled=cells * self.sampling.max_new_tokens * 2 // 3,
             scored=cells * (PROMPT_TOKENS + 28) + 24 * 70,
-            seconds=3,
+            seconds=3.0,
         )
 
 
