@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name == "paper":
             commands.choices[name].add_argument("--notes", action="store_true", help="execute the lab notes again too")
     bench = commands.add_parser("bench", help="measure training and sampling side by side")
-    bench.add_argument("--steps", type=int, default=4)
+    bench.add_argument("--steps", type=int, default=8, help="timed steps; 8 batches are one window of lengths")
     chosen = parser.parse_args(arguments)
     try:
         return int(COMMANDS[chosen.command](chosen) or 0)

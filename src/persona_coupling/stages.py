@@ -235,7 +235,7 @@ class FineTune(Stage):
     training: Training
     seed: int
     kind: ClassVar[str] = "change"
-    code: ClassVar[tuple[str, ...]] = ("persona_coupling.train", *MODEL, *SAYING)
+    code: ClassVar[tuple[str, ...]] = ("persona_coupling.train", "persona_coupling.dropout", *MODEL, *SAYING)
     material: ClassVar[tuple[str, ...]] = TEXT
 
     def build(self, folder: Path, lab: Lab) -> None:
@@ -265,7 +265,9 @@ class FineTune(Stage):
         """All steps' tokens; an adapter of rank 32 is about 40 MB at 135M parameters."""
         lora = self.training.lora
         megabytes = 270.0 if lora is None else 1.3 * lora.rank
-        return Work(trained=self.training.steps * self.training.batch * TOKENS_PER_ROW, seconds=6.0, megabytes=megabytes)
+        return Work(
+            trained=self.training.steps * self.training.batch * TOKENS_PER_ROW, seconds=6.0, megabytes=megabytes
+        )
 
 
 # ---------------------------------------------------------------------------------------------- measurement

@@ -202,9 +202,11 @@ def make_trainer(
     selected_head: bool = True,
 ) -> Any:
     """An SFTTrainer that sees `rows` once, in order, with their labels as they are; `selected_head=False` leaves the
-    library's own loss in place on the CPU too."""
+    library's own loss and dropout in place on the CPU too."""
     from datasets import Dataset
     from trl import SFTConfig
+
+    from persona_coupling.dropout import replace_dropout
 
     longest = max(len(row["input_ids"]) for row in rows)
     micro = _micro_batch(settings.batch, longest, machine.train_tokens)
@@ -247,6 +249,8 @@ def make_trainer(
         callbacks=[_reporter(settings.steps, report)],
     )
     _quiet(trainer)
+    if on_cpu and selected_head:
+        replace_dropout(trainer.model)
     return trainer
 
 
