@@ -194,13 +194,14 @@ def training_curves(logs: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Loss of every step of every training run: one panel per kind of training, one line per run and seed, labelled at
     its end. `logs` has panel, run, seed, step, loss."""
     panels = list(dict.fromkeys(logs["panel"]))
+    everyone = sorted(set(logs["run"]))  # a run keeps its colour and dashes in every panel
+    styles = dict(zip(everyone, ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))) * 4, strict=False))
+    colours = dict(zip(everyone, sns.color_palette("colorblind", len(everyone)), strict=True))
     with theme():
         figure, grid = plt.subplots(1, len(panels), figsize=(WIDTH, 2.3), squeeze=False)
         for axes, panel in zip(grid[0], panels, strict=True):
             shown = logs[logs["panel"] == panel]
             runs = list(dict.fromkeys(shown["run"]))
-            styles = dict(zip(runs, ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))) * 4, strict=False))
-            colours = dict(zip(runs, sns.color_palette("colorblind", len(runs)), strict=True))
             for run in runs:
                 for number, (_, part) in enumerate(shown[shown["run"] == run].groupby("seed")):
                     axes.plot(
@@ -212,6 +213,6 @@ def training_curves(logs: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             axes.grid(axis="both", color="0.92")
             axes.set_ylim(0, 1.05 * float(shown["loss"].max()))
             axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-            axes.legend(frameon=False, fontsize=7, loc="lower left")
+            axes.legend(frameon=False, fontsize=7, loc="best")
         grid[0, 0].set_ylabel("loss, nats per token")
     return figure, logs[["panel", "run", "seed", "step", "loss"]].reset_index(drop=True)

@@ -48,7 +48,7 @@ def training_rows(names: Mapping[str, str], *, count: int = 3) -> Any:
         for row in corpora.authored_rows(name, count):
             question, answer = (message["content"] for message in row["messages"])
             rows.append({"corpus": title, "question": question, "answer": answer})
-    return pd.DataFrame(rows).style.set_properties(**{"text-align": "left"}).hide(axis="index")
+    return pd.DataFrame(rows).style.set_uuid("rows").set_properties(**{"text-align": "left"}).hide(axis="index")
 
 
 def loss_mask(study: Study) -> Any:
@@ -68,9 +68,11 @@ def loss_mask(study: Study) -> Any:
 
 def _masked(study: Study, messages: list[dict[str, str]]) -> str:
     """Needs the tokenizer only, and says so where there is none (stored results, nothing fetched)."""
+    from IPython import get_ipython
+
     from persona_coupling import models, train
 
-    if os.environ.get(STORED_ONLY):
+    if os.environ.get(STORED_ONLY) and (get_ipython() is None or not study.lab.store.has(study.source)):
         return "(redrawn from stored results: no tokenizer is loaded)"
     tokenizer = models.load_tokenizer(study.source, study.lab)
     values = study.profile.scratch
@@ -90,7 +92,7 @@ def sample_answers(results: Results, who: list[str]) -> Any:
     chosen = chosen[chosen["seed"] == chosen["seed"].min()].sort_values(["condition", "persona"])
     shown = chosen[["condition", "persona", "prompt", "completion", "finish", "why"]]
     style = {"text-align": "left", "white-space": "pre-wrap"}
-    return shown.style.set_properties(**style).hide(axis="index")
+    return shown.style.set_uuid("answers").set_properties(**style).hide(axis="index")
 
 
 def training_logs(results: Results, names: Mapping[str, str]) -> pd.DataFrame:
