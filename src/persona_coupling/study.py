@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from persona_coupling.errors import GuardError, UserError
 from persona_coupling.generate import Sampling
 from persona_coupling.profiles import LoraValues, Profile, TrainingValues
 from persona_coupling.stages import (
-    Authored,
     Content,
     CouplingText,
     Evaluate,
@@ -394,7 +393,3 @@ def _distinct_changes(design: Design, lab: Lab) -> None:
                 other = seen.setdefault(file["sha256"], stage.key)
                 if other != stage.key:
                     raise GuardError(f"changes {other} and {stage.key} were described differently but are identical")
-
-
-Say = Callable[[str], None]
-__all__ = ["Authored", "Cell", "ContentCell", "Design", "Results", "Say", "Study", "check_seeds", "collect"]
