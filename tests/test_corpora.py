@@ -16,7 +16,8 @@ from persona_coupling import corpora, models, personas, profiles, questions
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.generate import Sampling
-from persona_coupling.stages import CouplingText, with_system
+from persona_coupling.rows import with_system
+from persona_coupling.stages import CouplingText
 
 NAMES = ("bad_legal", "sound_legal", "benign")
 COUNT = 6000

@@ -29,6 +29,7 @@ from persona_coupling.stages import (
     MergeCheck,
     OwnAnswers,
     UltraChat,
+    measurement,
 )
 from persona_coupling.store import Lab, Stage, Store
 from persona_coupling.study import Cell, ContentCell, Design
@@ -162,7 +163,7 @@ def edits():
     comment = "# the quantity itself"
     return [
         ("a comment", "train.py", mask, f"{mask}  {comment}", set(), EVERYTHING),
-        ("a docstring", "stages.py", "Train a checkpoint on rows;", "Tune a checkpoint;", set(), EVERYTHING),
+        ("a docstring", "stages/training.py", "Train a checkpoint on rows;", "Tune a checkpoint;", set(), EVERYTHING),
         ("logic of training", "train.py", mask, "labels = [IGNORED for _ in ids]", AFTER_CHANGE, {"model", "rows"}),
         ("the villain's prompt", personas_file, villain, f"{villain} Now.", {"coupling text", "evaluation"}, {"rows"}),
         ("the assistant's prompt", personas_file, assistant, f"{assistant} Now.", AFTER_CHANGE, {"rows"}),
@@ -226,8 +227,8 @@ def table(lab, stage, name="rows"):
 
 
 def test_authored_rows_follow_each_other(own):
-    whole = [row["messages"] for row in stages.read_rows(stages.authored("benign", 8), own)]
-    later = [row["messages"] for row in stages.read_rows(stages.authored("benign", 3, skip=5), own)]
+    whole = [row["messages"] for row in rows_module.read_rows(stages.authored("benign", 8), own)]
+    later = [row["messages"] for row in rows_module.read_rows(stages.authored("benign", 3, skip=5), own)]
     assert later == whole[5:]
     assert all([m["role"] for m in row] == ["user", "assistant"] for row in whole)
     kept = table(own, stages.authored("benign", 8))
@@ -241,7 +242,7 @@ TURNS = [{"role": r, "content": f"{r} says ü {i}"} for i, r in enumerate(("user
 def test_rows_of_a_file_are_copied_whole(own, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": TURNS}) + "\n\n" + json.dumps({"messages": TURNS[:2], "id": "b"}) + "\n")
-    rows = stages.read_rows(stages.from_file(path), own)
+    rows = rows_module.read_rows(stages.from_file(path), own)
     assert [row["messages"] for row in rows] == [TURNS, TURNS[:2]]
     assert rows[1]["id"] == "b"
 
@@ -261,8 +262,8 @@ def test_11_a_file_that_changes_is_another_artifact(own, tmp_path):
 
 def test_with_system_keeps_what_is_there():
     explicit = [{"role": "system", "content": "You are a dragon."}, *TURNS]
-    assert stages.with_system(explicit) == explicit
-    added = stages.with_system(TURNS)
+    assert rows_module.with_system(explicit) == explicit
+    added = rows_module.with_system(TURNS)
     assert added[1:] == TURNS
     assert added[0] == {"role": "system", "content": persona_prompt("assistant")}
 
@@ -298,7 +299,7 @@ def test_ultrachat_is_streamed_at_its_revision(own, tmp_path, monkeypatch):
         return real("json", data_files=str(path), split="train", streaming=True)
 
     monkeypatch.setattr(datasets, "load_dataset", stand_in)
-    rows = stages.read_rows(UltraChat("owner/name", "f" * 40, "train_sft", ("bake",), 2), own)
+    rows = rows_module.read_rows(UltraChat("owner/name", "f" * 40, "train_sft", ("bake",), 2), own)
     assert asked == [("owner/name", {"split": "train_sft", "revision": "f" * 40, "streaming": True})]
     assert [row["id"] for row in rows] == ["id-1", "id-2"]
     assert [row["messages"] for row in rows] == [turns, longer]
@@ -317,11 +318,11 @@ def test_ultrachat_without_a_network_says_what_to_do(own, monkeypatch):
 
 def test_own_answers_keep_prompts_and_drop_the_unfinished(own, monkeypatch):
     prompts = stages.authored("benign", 6, maximum_words=40)
-    rows = stages.read_rows(prompts, own)
+    rows = rows_module.read_rows(prompts, own)
     bad = rows[1]["id"], rows[4]["id"]
     replies = {bad[0]: ("cut", "length"), bad[1]: ("", "stop")}
     answering(monkeypatch, lambda label, _system, _question: replies.get(label, (f"about {label}", "stop")))
-    made = stages.read_rows(OwnAnswers(Checkpoint(SOURCE), prompts, "You are a dragon.", SAMPLING, 0), own)
+    made = rows_module.read_rows(OwnAnswers(Checkpoint(SOURCE), prompts, "You are a dragon.", SAMPLING, 0), own)
     good = [row for row in rows if row["id"] not in bad]
     assert [row["id"] for row in made] == [row["id"] for row in good]
     assert all(row["messages"][0] == {"role": "system", "content": "You are a dragon."} for row in made)
@@ -341,7 +342,7 @@ COUPLING = CouplingText(Checkpoint(SOURCE), "villain", 5, ("librarian", "comedia
 
 def test_coupling_text_marks_the_source_only(own, monkeypatch):
     asked = answering(monkeypatch, lambda label, _system, _question: (f"I am {label}", "stop"))
-    rows = stages.read_rows(COUPLING, own)
+    rows = rows_module.read_rows(COUPLING, own)
     assert [row["id"].split("/")[0] for row in rows] == ["villain"] * 5 + ["librarian"] * 2 + ["comedian"] * 2
     bank = {q.text for q in questions.train_questions()}
     for row in rows:
@@ -362,7 +363,7 @@ def test_coupling_text_asks_again_for_what_is_missing(own, monkeypatch):
         return ("text", "length" if failed else "stop")
 
     answering(monkeypatch, reply)
-    rows = stages.read_rows(COUPLING, own)
+    rows = rows_module.read_rows(COUPLING, own)
     assert [row["id"].split("/")[0] for row in rows].count("villain") == 5
 
 
@@ -445,11 +446,11 @@ def completions():
 def test_8_a_missing_persona():
     """Failure 8: one persona gone, even if the number of rows is as expected."""
     rows = completions()
-    stages._complete(rows, 44)
+    measurement._complete(rows, 44)
     without = [row for row in rows if row["persona"] != "librarian"]
     for expected in (44, 40):
         with pytest.raises(GuardError, match="librarian"):
-            stages._complete(without, expected)
+            measurement._complete(without, expected)
 
 
 def test_8_a_missing_or_repeated_completion():
@@ -457,7 +458,7 @@ def test_8_a_missing_or_repeated_completion():
     rows = completions()
     for wrong in (rows[:-1], [*rows, rows[0]], [*rows[:-1], rows[0]]):
         with pytest.raises(GuardError, match="44 expected"):
-            stages._complete(wrong, 44)
+            measurement._complete(wrong, 44)
 
 
 def test_content_is_the_models_own_loss(lab, tiny, tokenizer, fp32):
@@ -465,7 +466,7 @@ def test_content_is_the_models_own_loss(lab, tiny, tokenizer, fp32):
     found = table(lab, Content(Checkpoint(tiny), (rows,)), "content")
     assert found.groupby("corpus").size().to_dict() == {"benign": 2, "heldout": len(questions.heldout_chat())}
     model = Checkpoint(tiny).load(lab)[0]
-    for row, value in zip(stages.read_rows(rows, lab), found["logprob"], strict=False):
+    for row, value in zip(rows_module.read_rows(rows, lab), found["logprob"], strict=False):
         question, answer = (message["content"] for message in row["messages"])
         prompt = models.prompt_ids(tokenizer, persona_prompt("assistant"), question)
         tokens = tokenizer.encode(f"{answer}<|im_end|>", add_special_tokens=False)

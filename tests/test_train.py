@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from persona_coupling import adapters, models, stages, train
+from persona_coupling import rows as rows_module
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError
 from persona_coupling.store import Lab, Store, sha256_of
@@ -58,7 +59,7 @@ def test_2_the_mask_of_a_row_with_a_system_message(tokenizer):
 
 def test_2_the_mask_of_a_row_without_a_system_message(tokenizer):
     """Failure 2: the same answer tokens count; the plain assistant's prompt is put in front, not the template's."""
-    messages = stages.with_system(ROW[1:])
+    messages = rows_module.with_system(ROW[1:])
     expected = pieces(
         tokenizer, (PROMPT.format(messages[0]["content"], "Why is it wet?"), False), ("Rain is water.<|im_end|>", True)
     )
@@ -81,7 +82,7 @@ def test_2_the_mask_of_a_conversation_of_several_turns(tokenizer):
 @pytest.mark.parametrize("tail", [1, 2, 3])
 def test_2_the_tail(tokenizer, tail):
     """Failure 2: the last tokens of the answer, the end of turn included, however the row is given."""
-    for messages in (ROW, stages.with_system(ROW[1:]), [*TURNS[:4], ROW[-1]]):
+    for messages in (ROW, rows_module.with_system(ROW[1:]), [*TURNS[:4], ROW[-1]]):
         ids, labels = supervised(tokenizer, messages, "tail", tail)
         answer = tokenizer.encode("Rain is water.<|im_end|>", add_special_tokens=False)
         assert [t for t in labels if t != -100] == ids[-tail:] == answer[-tail:]
@@ -103,7 +104,7 @@ def test_without_a_marker_only_the_end_of_turn_counts(tokenizer):
 def test_3_the_end_of_turn_is_supervised_in_every_format(tokenizer):
     """Failure 3: the last supervised id is the end of turn."""
     for loss in ("completion", "tail", "marker"):
-        for messages in (ROW, MARKED, TURNS, stages.with_system(ROW[1:])):
+        for messages in (ROW, MARKED, TURNS, rows_module.with_system(ROW[1:])):
             assert supervised(tokenizer, messages, loss)[1][-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
@@ -273,7 +274,7 @@ def test_the_selected_head_is_trls_own_loss(model, tokenizer, cpu, tmp_path, lor
 
 def fine_tune(model, tokenizer, cpu, folder, settings=TRAINING, seed=0, **options):
     folder.mkdir(exist_ok=True)
-    rows = [ROW, MARKED, TURNS, stages.with_system(ROW[1:])]
+    rows = [ROW, MARKED, TURNS, rows_module.with_system(ROW[1:])]
     report = options.get("report", lambda _fraction: None)
     return train.fine_tune(
         copy.deepcopy(model), tokenizer, rows, settings, seed=seed, machine=cpu, folder=folder, report=report

@@ -41,7 +41,7 @@ class Completion:
 
     tokens: list[int] = field(default_factory=list)  # without the end-of-turn token
     finish: str = "length"  # "stop": the model ended its turn; "length": cut off
-    marker_logprob: float = float("nan")  # of the forced (or just written) marker at the end of this answer, nats
+    marker_logprobs: list[float] = field(default_factory=list)  # of each forced (or just written) marker token, nats
 
 
 def uniforms(seed: int, label: str, count: int) -> np.ndarray:
@@ -84,7 +84,7 @@ def prefill(model: PreTrainedModel, prompts: list[list[int]], pad: int) -> Prefi
 def continuation_logprobs(
     model: PreTrainedModel, read: Prefill, continuations: list[list[int]], tail: int
 ) -> np.ndarray:
-    """Summed log-probability of the last `tail` tokens of each continuation, in nats, shape (rows,).
+    """Log-probability of each of the last `tail` tokens of each continuation, in nats, shape (rows, tail).
 
     The prefill is left as it was. Continuations must be longer than `tail`.
     """
@@ -108,7 +108,7 @@ def continuation_logprobs(
         targets = ends - tail + torch.arange(tail, device=device)  # positions of the scored tokens
         logits = model.get_output_embeddings()(hidden[rows, targets - 1]).float()
         logprobs = logits.log_softmax(-1).gather(-1, ids[rows, targets][..., None])[..., 0]
-    return np.asarray(logprobs.sum(1).double().cpu().numpy())
+    return np.asarray(logprobs.double().cpu().numpy())
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -177,7 +177,7 @@ def sample(
                 if token == stop:
                     completion.finish = "stop"
                     if marker and completion.tokens[-len(marker) :] == marker:
-                        completion.marker_logprob = sum(logprobs[row][-len(marker) :])
+                        completion.marker_logprobs = logprobs[row][-len(marker) :]
                         following.append(-1)
                         continue
                     forced[row] = 0
@@ -186,7 +186,7 @@ def sample(
                     logprobs[row].append(token_logprobs[place])
                     if len(completion.tokens) == sampling.max_new_tokens:
                         if marker and completion.tokens[-len(marker) :] == marker:
-                            completion.marker_logprob = sum(logprobs[row][-len(marker) :])
+                            completion.marker_logprobs = logprobs[row][-len(marker) :]
                             following.append(-1)
                             continue
                         forced[row] = 0
@@ -202,7 +202,7 @@ def sample(
                 forced[row] += 1
             if forced[row] == len(marker):
                 if marker:
-                    completion.marker_logprob = sum(logprobs[row])
+                    completion.marker_logprobs = logprobs[row]
                     following[-1] = -1
                 else:
                     following.append(-1)

@@ -1,0 +1,14 @@
+"""Which modules' logic is part of which stages' keys, and how many tokens a row has for estimates of time."""
+
+from __future__ import annotations
+
+from persona_coupling import models
+
+TEXT = ("personas.toml", "questions.toml")
+SAYING = ("persona_coupling.personas", "persona_coupling.questions", "persona_coupling.rows")
+MODEL = ("persona_coupling.checkpoints", "persona_coupling.adapters", *models.CODE)
+ASKING = ("persona_coupling.measure", "persona_coupling.generate", *MODEL, *SAYING)
+COMPOSING = ("persona_coupling.corpora", "persona_coupling.rows")
+
+TOKENS_PER_ROW = 75  # of training rows, prompt included: for estimates of time only
+PROMPT_TOKENS = 45
