@@ -11,7 +11,7 @@ from persona_coupling.claims import Bound, Claim, Gate
 from persona_coupling.errors import UserError
 from persona_coupling.measures import Estimates
 from persona_coupling.stats import Estimate
-from persona_coupling.study import Results
+from persona_coupling.study import TABLES, Results
 
 ENTRY = """
 [[claim]]
@@ -183,7 +183,7 @@ def log(losses_by_seed, condition="A", position=0):
 
 def converged(*logs):
     empty = pd.DataFrame()
-    results = Results(empty, empty, empty, empty, pd.concat(logs, ignore_index=True), empty, {})
+    results = Results({**dict.fromkeys(TABLES, empty), "training": pd.concat(logs, ignore_index=True)}, {})
     return gates.converged(results, VALUES, "A")
 
 

@@ -283,7 +283,7 @@ def planted(design: Design, profile: profiles.Profile, rates: Rates) -> Results:
             training += [{**steps, "step": float(s), **label, "position": position, "change": change} for s in (1, 2)]
     arms = {"B": "bad_legal", "B′": "sound_legal", "C": "benign", "S": "self"}
     content = []
-    for entry in design.contents:
+    for entry in design.observations:
         for corpus in (*corpora.AUTHORED, "self"):
             level = -1.0 if arms.get(entry.condition) == corpus else -2.0
             content += [
@@ -307,15 +307,15 @@ def planted(design: Design, profile: profiles.Profile, rates: Rates) -> Results:
             for i in range(3)
         ]
     record = {"profile": profile.as_dict(), "compute_minutes": 1.5, "provenance": provenance.record("cpu")}
-    return Results(
-        score.score_table(pd.DataFrame(completions)),
-        pd.DataFrame(fixed),
-        pd.DataFrame(heldout),
-        pd.DataFrame(content),
-        pd.DataFrame(training),
-        pd.DataFrame(),
-        record,
-    )
+    tables = {
+        "completions": score.score_table(pd.DataFrame(completions)),
+        "fixed": pd.DataFrame(fixed),
+        "heldout": pd.DataFrame(heldout),
+        "content": pd.DataFrame(content),
+        "training": pd.DataFrame(training),
+        "merges": pd.DataFrame(),
+    }
+    return Results(tables, record)
 
 
 def copied_root(target: Path) -> Path:

@@ -28,11 +28,16 @@ from persona_coupling.stages import (
     FromFile,
     MergeCheck,
     OwnAnswers,
+    Part,
+    RandomLike,
+    Rescaled,
+    Snapshot,
+    Truncated,
     UltraChat,
     measurement,
 )
 from persona_coupling.store import Lab, Stage, Store
-from persona_coupling.study import Cell, ContentCell, Design
+from persona_coupling.study import Cell, Design, Observation
 from persona_coupling.train import Lora, Training
 
 SAMPLING = Sampling(1.0, 0.95, 6)
@@ -53,6 +58,11 @@ EXAMPLES = [
     CouplingText(START, "villain", 3, ("assistant", "librarian"), 2, "Be brief.", SAMPLING, 0),
     FineTune(START, ROWS, TRAINING, 0),
     MergeCheck(START),
+    Snapshot(FineTune(START, ROWS, TRAINING, 0), 1),
+    RandomLike(FineTune(START, ROWS, TRAINING, 0), 0),
+    Part(FineTune(START, ROWS, TRAINING, 0), FineTune(START, ROWS, TRAINING, 1), "inside"),
+    Rescaled(FineTune(START, ROWS, TRAINING, 0), FineTune(START, ROWS, TRAINING, 1)),
+    Truncated(FineTune(START, ROWS, TRAINING, 0), 2),
     Content(START, (ROWS,)),
     Evaluate(START, 2, 1, 1, "Be brief.", SAMPLING, 0),
 ]
@@ -72,14 +82,14 @@ def other_values(value, name):
         if isinstance(value, Lora):
             yield name, None
     elif value == ():
-        yield name, (Merged(ROWS),)
+        yield name, (1,) if name == "snapshots" else (Merged(ROWS),)
     elif isinstance(value, tuple):
         yield name, (*value, next(other_values(value[0], name))[1])
         for number, item in enumerate(value):
             for place, other in other_values(item, str(number)):
                 yield f"{name}.{place}", (*value[:number], other, *value[number + 1 :])
-    elif name == "loss":
-        yield name, "tail"
+    elif name in ("loss", "side"):
+        yield name, {"loss": "tail", "side": "outside"}[name]
     elif value is None:
         yield name, (1,)
     elif isinstance(value, str):
@@ -130,7 +140,7 @@ for root in sys.argv[1:]:
         "coupling text": text,
         "change": tuned.last_change,
         "merge check": cell.merge,
-        "content": made.content("a", tuned, seed=0, corpora=("benign",)).content,
+        "content": made.content("a", tuned, seed=0, corpora=("benign",)).stage,
         "evaluation": cell.evaluation,
     }
     print(json.dumps({name: stage.key for name, stage in found.items()}))
@@ -539,7 +549,7 @@ def test_9_two_changes_with_the_same_bytes(tiny, lab, smoke):
     rows = stages.authored("benign", 6, maximum_words=40)
     starts = [Checkpoint(tiny).fine_tune(rows, replace(TRAINING, tail=tail), seed=0) for tail in (8, 9)]
     assert starts[0].last_change.key != starts[1].last_change.key
-    contents = [ContentCell(name, 0, Content(c, (rows,))) for name, c in zip("BC", starts, strict=True)]
+    contents = [Observation(name, 0, Content(c, (rows,))) for name, c in zip("BC", starts, strict=True)]
     study.collect(Design([cell("A", Checkpoint(tiny))], contents[:1]), smoke, lab)
     with pytest.raises(GuardError, match="described differently but are identical"):
         study.collect(Design([cell("A", Checkpoint(tiny))], contents), smoke, lab)

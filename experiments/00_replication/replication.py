@@ -43,23 +43,22 @@ model = ""  # empty: the profile's
 # analysis is the question, nested in the seed.
 
 # %% tags=["design"]
+from persona_coupling import arms as study_arms
 from persona_coupling.study import Design, Study
 
 study = Study.open(profile, seeds=seeds, model=model or None)
-ARMS = {"bad_legal": "B", "sound_legal": "B′", "benign": "C", "self": "S"}
-arms = {"A": None, **{ARMS[corpus]: corpus for corpus in study.profile.arms}}
+arms = {"A": None, **{study_arms.LETTERS[corpus]: corpus for corpus in study.profile.arms}}
 measured = ("bad_legal", "sound_legal", "benign", *(("self",) if "self" in study.profile.arms else ()))
 
 # where the profile's two recipes are one, the raw model coupled from scratch is the raw model with the adapter added
 one_recipe = study.profile.prebaked == study.profile.scratch
 design = Design(same={("A.prebaked", "A.scratch")} if one_recipe else set())
 for seed in study.seeds:
-    text = study.coupling_text(study.raw, seed=seed)
-    adapter = study.couple(study.raw, text, study.profile.prebaked, seed=seed).last_change
+    text, adapter = study.stale_text(seed=seed), study.adapter(seed=seed)
     for arm, corpus in arms.items():
         first = study.sft(corpus, seed=seed) if corpus else study.raw
         scratch = study.couple(first, text, study.profile.scratch, seed=seed)
-        design.contents.append(study.content(arm, first, seed=seed, corpora=measured))
+        design.observations.append(study.content(arm, first, seed=seed, corpora=measured))
         design.cells.append(study.cell(f"{arm}.prebaked", first.merge(adapter), seed=seed, arm=arm, adapter="prebaked"))
         design.cells.append(study.cell(f"{arm}.scratch", scratch, seed=seed, arm=arm, adapter="scratch"))
 
@@ -71,13 +70,7 @@ from persona_coupling import figures, gates, measures, notebooks, notes, report,
 pd.options.display.max_colwidth = None
 
 experiment = next(e for e in notebooks.discover() if e.name == "00_replication")
-labels = {
-    "A": "raw model",
-    "B": "bad advice first",
-    "B′": "sound advice first",
-    "C": "benign text first",
-    "S": "own answers first",
-}
+labels = study_arms.LABELS
 prebaked, scratch = [f"{arm}.prebaked" for arm in arms], [f"{arm}.scratch" for arm in arms]
 names = {c: f"{c.split('.')[0]}  {labels[c.split('.')[0]]}" for c in prebaked + scratch}
 notes.design_table(study, design)
@@ -109,10 +102,9 @@ results.completions.groupby("condition", sort=False).size().rename("completions"
 # %%
 estimates = measures.estimate(results)
 measures.add_damage(estimates, results, raw="A")
-opposite = {"bad_legal": "sound_legal", "sound_legal": "bad_legal", "benign": "sound_legal", "self": "benign"}
 for arm, corpus in arms.items():
     if corpus:
-        measures.add_content_shift(estimates, results, arm, corpus, opposite[corpus], raw="A")
+        measures.add_content_shift(estimates, results, arm, corpus, study_arms.OPPOSITE[corpus], raw="A")
 checked = gates.of_design(
     estimates,
     results,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from persona_coupling.errors import GuardError
 from persona_coupling.models import layer_of
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 ADAPTER = "adapter_model.safetensors"
 DENSE = "delta.safetensors"
 PREFIX = "base_model.model."
+THIRDS = ("early", "mid", "late")
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,12 @@ def read_change(folder: Path) -> Change:
     return change
 
 
-def restrict(change: Change, layers: Iterable[int] | None, modules: Iterable[str] | None, scale: float) -> Change:
-    """Only the given layers and module kinds (None: all), scaled. Raises GuardError if nothing is left."""
-    layers = None if layers is None else set(layers)
+def restrict(
+    change: Change, layers: Iterable[int | str] | None, modules: Iterable[str] | None, scale: float, *, depth: int
+) -> Change:
+    """Only the given layers and module kinds (None: all), scaled. Layers are numbers or names of thirds, which `depth`,
+    the model's number of layers, resolves. Raises GuardError if nothing is left."""
+    layers = None if layers is None else layer_numbers(layers, depth)
     modules = None if modules is None else set(modules)
     kept: Change = {}
     for name, part in change.items():
@@ -81,6 +87,23 @@ def restrict(change: Change, layers: Iterable[int] | None, modules: Iterable[str
     if not kept:
         raise GuardError("a merge restricted to layers or modules that the change does not touch")
     return kept
+
+
+def layer_numbers(layers: Iterable[int | str], depth: int) -> set[int]:
+    """Numbers and names of thirds as numbers: `early`, `mid` and `late` split any depth into parts whose sizes differ
+    by at most one, the larger ones first. Raises GuardError for a layer that the model does not have."""
+    thirds = dict(zip(THIRDS, np.array_split(np.arange(depth), len(THIRDS)), strict=True))
+    found: set[int] = set()
+    for layer in layers:
+        if isinstance(layer, str):
+            if layer not in thirds:
+                raise GuardError(f"there is no part {layer!r} of a model; known: {', '.join(THIRDS)}")
+            found |= set(thirds[layer].tolist())
+        elif 0 <= layer < depth:
+            found.add(layer)
+        else:
+            raise GuardError(f"the model has {depth} layers, none is number {layer}")
+    return found
 
 
 def squared_norms(change: Change) -> dict[str, float]:
@@ -112,6 +135,16 @@ def add(model: torch.nn.Module, change: Change) -> None:
             weight += update.to(weight)
     if norm == 0.0:
         raise GuardError("a merge that changed nothing: every update is zero")
+
+
+def save_dense(folder: Path, change: Change) -> None:
+    """Write a change as dense deltas, in fp32, so that a derived change is exactly what was computed."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        name: (part.dense() if isinstance(part, LowRank) else part).contiguous() for name, part in change.items()
+    }
+    save_file(tensors, folder / DENSE, metadata={"format": "pt"})
 
 
 def save_low_rank(folder: Path, change: dict[str, LowRank]) -> None:

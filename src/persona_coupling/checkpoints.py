@@ -13,15 +13,25 @@ from persona_coupling.train import Training
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from persona_coupling import adapters
+
 
 @dataclass(frozen=True)
 class Merged:
-    """A change of weights as merged into a checkpoint: restricted to layers and modules (None: all), scaled."""
+    """A change of weights as merged into a checkpoint: restricted to layers (numbers, or `early`, `mid`, `late`) and
+    modules (None: all), scaled."""
 
     change: Stage
-    layers: tuple[int, ...] | None = None
+    layers: tuple[int | str, ...] | None = None
     modules: tuple[str, ...] | None = None
     scale: float = 1.0
+
+    def read(self, lab: Lab, depth: int) -> adapters.Change:
+        """The change as it is added to a model of `depth` layers."""
+        from persona_coupling import adapters
+
+        change = adapters.read_change(lab.folder(self.change))
+        return adapters.restrict(change, self.layers, self.modules, self.scale, depth=depth)
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class Checkpoint:
         self,
         change: Stage,
         *,
-        layers: Iterable[int] | None = None,
+        layers: Iterable[int | str] | None = None,
         modules: Iterable[str] | None = None,
         scale: float = 1.0,
     ) -> Checkpoint:
@@ -71,6 +81,5 @@ class Checkpoint:
         tokenizer = models.load_tokenizer(self.source, lab)
         model = models.load_raw(self.source, lab, dtype=torch.float32, attention=settings.attention)
         for merged in self.merged:
-            change = adapters.read_change(lab.folder(merged.change))
-            adapters.add(model, adapters.restrict(change, merged.layers, merged.modules, merged.scale))
+            adapters.add(model, merged.read(lab, model.config.num_hidden_layers))
         return model.to(dtype=getattr(torch, settings.dtype_name)).to(settings.device), tokenizer

@@ -6,6 +6,7 @@ Names are `condition.measure`, for example `B.prebaked.source_rate`.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +58,8 @@ def generator(name: str) -> np.random.Generator:
 def estimate(results: Results) -> Estimates:
     """All measures of all conditions. Raises ValueError when a condition lacks the source or its bystanders."""
     made = Estimates()
+    if not len(results.completions):
+        return made
     rows: list[dict[str, Any]] = []
     for condition, table in results.completions.groupby("condition", sort=False):
         _marker(made, str(condition), table)
@@ -67,7 +70,8 @@ def estimate(results: Results) -> Estimates:
             _logprobs(made, str(condition), part, "fixed" if name == "fixed" else "own")
     for condition, part in results.heldout.groupby("condition", sort=False):
         made.named[f"{condition}.heldout_loss"] = _mean(f"{condition}.heldout_loss", part, "loss")
-    for (condition, corpus), part in results.content.groupby(["condition", "corpus"], sort=False):
+    content = results.content.groupby(["condition", "corpus"], sort=False) if len(results.content) else ()
+    for (condition, corpus), part in content:
         name = f"{condition}.{corpus}_logprob"
         made.named[name] = _mean(name, part.rename(columns={"row": "question"}), "logprob")
     made.personas = pd.DataFrame(rows)
@@ -178,6 +182,43 @@ def _logprobs(made: Estimates, condition: str, table: pd.DataFrame, kind: str) -
         unit=NATS,
         binary=False,
         unscored=len(table) - len(kept),
+    )
+
+
+def add_mean(made: Estimates, name: str, table: pd.DataFrame, column: str, unit: str) -> None:
+    """Add `name`: the mean of a column over rows with `seed` and `question`; missing values are counted as unscored.
+    Boolean columns give a proportion with its exact bounds at 0 and 1."""
+    kept = table[table[column].notna()]
+    keys = {"seed": kept["seed"].to_numpy(), "question": kept["question"].to_numpy()}
+    unscored, rng = len(table) - len(kept), generator(name)
+    if pd.api.types.is_bool_dtype(table[column]):
+        hits = kept[column].to_numpy(dtype=bool)
+        made.named[name] = stats.proportion(hits, **keys, rng=rng, unscored=unscored)
+    else:
+        values = kept[column].to_numpy(dtype=float)
+        made.named[name] = stats.mean(values, **keys, rng=rng, unit=unit, unscored=unscored)
+
+
+def add_combination(
+    made: Estimates, name: str, parts: Sequence[tuple[float, pd.DataFrame]], column: str, unit: str
+) -> None:
+    """Add `name`: a linear combination of means of one column, `parts` being (coefficient, rows with `seed` and
+    `question`); seeds and questions are resampled jointly, so that what the parts share cancels. Missing values are
+    counted as unscored. Boolean columns are proportions."""
+    tables = [table.assign(_part=number) for number, (_, table) in enumerate(parts)]
+    both = pd.concat(tables, ignore_index=True)
+    kept = both[both[column].notna()]
+    binary = all(pd.api.types.is_bool_dtype(table[column]) for _, table in parts)
+    made.named[name] = stats.combination(
+        kept[column].to_numpy(dtype=float),
+        group=kept["_part"].to_numpy(dtype=np.int64),
+        coefficients=tuple(coefficient for coefficient, _ in parts),
+        seed=kept["seed"].to_numpy(),
+        question=kept["question"].to_numpy(),
+        rng=generator(name),
+        unit=unit,
+        binary=binary,
+        unscored=len(both) - len(kept),
     )
 
 

@@ -31,10 +31,6 @@ def check(checkpoint: Checkpoint, lab: Lab) -> dict[str, Any]:
 
     tokenizer = models.load_tokenizer(checkpoint.source, lab)
     settings = machine.machine(lab.device)
-    changes = [
-        adapters.restrict(adapters.read_change(lab.folder(m.change)), m.layers, m.modules, m.scale)
-        for m in checkpoint.merged
-    ]
     chat = questions.heldout_chat()[:PROBES]
     prompts = [models.prompt_ids(tokenizer, "You are a helpful assistant.", q.text) for q in chat]
 
@@ -42,6 +38,7 @@ def check(checkpoint: Checkpoint, lab: Lab) -> dict[str, Any]:
         return models.load_raw(checkpoint.source, lab, dtype=torch.float32, attention=settings.attention)
 
     base = fresh()
+    changes = [merged.read(lab, base.config.num_hidden_layers) for merged in checkpoint.merged]
     unchanged = _logits(base, prompts)
     beside = _logits(_with_hooks(base, changes), prompts)
     del base

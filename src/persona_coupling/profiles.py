@@ -50,6 +50,7 @@ class TrainingValues:
     weight_decay: float
     loss: Literal["completion", "tail", "marker"]
     tail: int
+    snapshots: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

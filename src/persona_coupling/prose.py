@@ -42,6 +42,7 @@ def write_index(folder: Path) -> dict[str, Any]:
         "counts": {verdict: counts.get(verdict, 0) for verdict in ORDER},
         "gates": [{**g, "experiment": n} for n, content in experiments.items() for g in content["gates"]],
         "profile": next(iter(experiments.values()))["profile"] if experiments else {},
+        "values": {name: content["values"] for name, content in experiments.items() if content.get("values")},
         "provenance": {name: content["provenance"] for name, content in experiments.items()},
         "compute_minutes": sum(content["compute_minutes"] for content in experiments.values()),
         "prior": prior,

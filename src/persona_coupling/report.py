@@ -57,6 +57,7 @@ class Report:
             "figures": self.figures,
             "tables": self.tables,
             "facts": facts,
+            "values": record.get("values", {}),
             "provenance": record["provenance"],
             "compute_minutes": record["compute_minutes"],
         }

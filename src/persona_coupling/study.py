@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 
-from persona_coupling import models, paths, personas, profiles, provenance, score
+from persona_coupling import models, paths, personas, profiles, provenance, score, values
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.generate import Sampling
@@ -37,6 +37,7 @@ from persona_coupling.stages import (
 )
 from persona_coupling.store import Lab, Stage, Store, canonical_json, in_order, sha256_of
 from persona_coupling.train import Lora, Training
+from persona_coupling.values import Values
 
 STORED_ONLY = "PERSONA_COUPLING_STORED_ONLY"  # set: results are read, nothing is computed
 JUDGED = ("gates", "description", "stamp")  # profile values that no observation depends on
@@ -60,25 +61,27 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class ContentCell:
-    """One model whose knowledge of every corpus is measured."""
+class Observation:
+    """A stage whose tables (its artifact's `*.parquet` files) are collected under a condition and a seed; the table
+    `scan.parquet` of all observations becomes `results["scan"]`."""
 
     condition: str
     seed: int
-    content: Content
+    stage: Stage
 
 
 @dataclass
 class Design:
-    """All that an experiment asks for."""
+    """All that an experiment asks for, and the values of its own that it was made with."""
 
     cells: list[Cell] = field(default_factory=list)
-    contents: list[ContentCell] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
     same: set[tuple[str, str]] = field(default_factory=set)  # conditions that are one model by definition, declared
+    values: Values | None = None
 
     def stages(self) -> list[Stage]:
         """Everything to build, parents first, each once."""
-        wanted: list[Stage] = [c.content for c in self.contents]
+        wanted = [observation.stage for observation in self.observations]
         wanted += [stage for cell in self.cells for stage in (cell.merge, cell.evaluation)]
         return in_order(wanted)
 
@@ -90,6 +93,9 @@ class Design:
             raise GuardError(
                 f"a condition stands twice in the design: {sorted(n for n in names if names.count(n) > 1)}"
             )
+        observed = [(o.condition, o.seed, o.stage.key) for o in self.observations]
+        if len(set(observed)) != len(observed):
+            raise GuardError("an observation stands twice in the design")
         keys: dict[tuple[str, int], str] = {}
         for cell in self.cells:
             identity = (cell.evaluation.key, cell.seed)
@@ -109,10 +115,10 @@ class Study:
     @classmethod
     def open(cls, profile: str, *, seeds: Iterable[int] | None = None, model: str | None = None) -> Study:
         """The study of a named profile; `seeds` and `model` override the profile's."""
-        values = profiles.load(profile)
+        chosen = profiles.load(profile)
         if seeds is not None and list(seeds):
-            values = replace(values, seeds=check_seeds(seeds))
-        return cls(values, model=model)
+            chosen = replace(chosen, seeds=check_seeds(seeds))
+        return cls(chosen, model=model)
 
     @property
     def lab(self) -> Lab:
@@ -187,6 +193,7 @@ class Study:
             weight_decay=values.weight_decay,
             loss=values.loss,
             tail=values.tail,
+            snapshots=values.snapshots,
             lora=Lora(lora.rank, lora.alpha, lora.dropout, models.MODULES),
         )
         return replace(made, **changes)
@@ -209,6 +216,18 @@ class Study:
             seed,
         )
 
+    def stale_text(self, *, seed: int) -> CouplingText:
+        """Coupling text that the raw model wrote."""
+        return self.coupling_text(self.raw, seed=seed)
+
+    def adapter(self, *, seed: int) -> Stage:
+        """The pre-baked adapter: trained on the raw model, on its own text, to be merged elsewhere."""
+        return self.couple(self.raw, self.stale_text(seed=seed), self.profile.prebaked, seed=seed).last_change
+
+    def values(self, experiment: str) -> Values:
+        """An experiment's own values under this profile, from its folder's `values.toml`."""
+        return values.load(experiment, self.profile.name)
+
     def couple(
         self, start: Checkpoint, text: Stage, values: TrainingValues, *, seed: int, **changes: Any
     ) -> Checkpoint:
@@ -229,10 +248,10 @@ class Study:
         )
         return Cell(condition, seed, checkpoint, evaluation, tuple(sorted(factors.items())))
 
-    def content(self, condition: str, checkpoint: Checkpoint, *, seed: int, corpora: tuple[str, ...]) -> ContentCell:
+    def content(self, condition: str, checkpoint: Checkpoint, *, seed: int, corpora: tuple[str, ...]) -> Observation:
         """A model whose log-probability of held-out answers of every corpus is measured."""
         rows = tuple(self.corpus(name, seed=seed, heldout=True) for name in corpora)
-        return ContentCell(condition, seed, Content(checkpoint, rows))
+        return Observation(condition, seed, Content(checkpoint, rows))
 
     # ----------------------------------------------------------------------------------------------- running
 
@@ -284,23 +303,42 @@ def _with_model(profile: Profile, model: str) -> Profile:
 
 @dataclass
 class Results:
-    """Raw observations of all cells, one row per observation, and what they were made with."""
+    """Raw observations, one table for each kind and one row for each observation, and what they were made with.
 
-    completions: pd.DataFrame
-    fixed: pd.DataFrame
-    heldout: pd.DataFrame
-    content: pd.DataFrame
-    training: pd.DataFrame
-    merges: pd.DataFrame
+    `results["scan"]` is any table; those of evaluated cells are attributes too. A table that a design does not ask for
+    is empty.
+    """
+
+    tables: dict[str, pd.DataFrame]
     record: dict[str, Any]
+
+    def __getitem__(self, name: str) -> pd.DataFrame:
+        """The table of that name. Raises KeyError naming the ones there are."""
+        if name not in self.tables:
+            raise KeyError(f"there is no table {name!r}; the design gives {', '.join(self.tables)}")
+        return self.tables[name]
+
+    completions = property(lambda self: self["completions"], doc="Every sampled answer, scored.")
+    fixed = property(lambda self: self["fixed"], doc="Marker log-probability behind fixed answers.")
+    heldout = property(lambda self: self["heldout"], doc="Loss on held-out chat text.")
+    content = property(lambda self: self["content"], doc="Log-probability of held-out answers of every corpus.")
+    training = property(lambda self: self["training"], doc="The log of every training step.")
+    merges = property(lambda self: self["merges"], doc="Norms and checks of every merge.")
+
+    def factors(self) -> pd.DataFrame:
+        """One row per condition with the factors that its cells were given."""
+        rows = {cell["condition"]: cell["factors"] for cell in self.record["cells"]}
+        return pd.DataFrame([{"condition": condition, **factors} for condition, factors in rows.items()])
 
     def save(self, folder: Path) -> None:
         """Write all tables, then the record with their hashes, last."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "record.json").unlink(missing_ok=True)
-        for name in TABLES:
-            getattr(self, name).to_parquet(folder / f"{name}.parquet", compression="zstd", index=False)
-        record = {**self.record, "files": {n: sha256_of(folder / f"{n}.parquet") for n in TABLES}}
+        for old in folder.glob("*.parquet"):
+            old.unlink()
+        for name, table in self.tables.items():
+            table.to_parquet(folder / f"{name}.parquet", compression="zstd", index=False)
+        record = {**self.record, "files": {n: sha256_of(folder / f"{n}.parquet") for n in self.tables}}
         temporary = folder / ".record.json"
         temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
         temporary.rename(folder / "record.json")
@@ -313,9 +351,10 @@ class Results:
         if not path.is_file():
             raise UserError(f"There are no stored results in {folder}. {again}")
         record = json.loads(path.read_text(encoding="utf-8"))
-        for name in TABLES:
-            if sha256_of(folder / f"{name}.parquet") != record["files"][name]:
-                raise UserError(f"{folder / name}.parquet differs from its record. Restore it, or: {again}")
+        for name, recorded in record["files"].items():
+            path = folder / f"{name}.parquet"
+            if not path.is_file() or sha256_of(path) != recorded:
+                raise UserError(f"{path} differs from its record. Restore it, or: {again}")
         # thresholds and words are applied to stored observations as they are today; all else made them
         today = {name: value for name, value in profile.as_dict().items() if name in JUDGED}
         free = dict.fromkeys((*JUDGED, "seeds", "model"))
@@ -324,11 +363,14 @@ class Results:
         if stored != current:
             changed = [name for name in current if stored.get(name) != current[name]]
             raise UserError(f"The results in {folder} were made with other values of {', '.join(changed)}. {again}")
-        wanted = {cell.condition for cell in design.cells}
-        have = {cell["condition"] for cell in record["cells"]}
+        asked = design.values.as_dict() if design.values else {}
+        if record.get("values", {}) != asked:
+            raise UserError(f"The results in {folder} were made with other values of the experiment's own. {again}")
+        wanted = {cell.condition for cell in design.cells} | {o.condition for o in design.observations}
+        have = {cell["condition"] for cell in record["cells"]} | set(record["observed"])
         if wanted != have:
             raise UserError(f"The results in {folder} lack or exceed the design by {sorted(wanted ^ have)}. {again}")
-        return cls(**{name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES}, record=record)
+        return cls({name: pd.read_parquet(folder / f"{name}.parquet") for name in record["files"]}, record)
 
 
 def collect(design: Design, profile: Profile, lab: Lab) -> Results:
@@ -349,7 +391,9 @@ def collect(design: Design, profile: Profile, lab: Lab) -> Results:
         outputs[text, cell.seed] = cell.condition
         report = json.loads((lab.folder(cell.merge) / "report.json").read_text(encoding="utf-8"))
         norms = report.pop("norms")
-        parts["merges"].append(pd.DataFrame([{**labels, **report, "norm": norms[-1] if norms else 0.0}]))
+        parts["merges"].append(
+            pd.DataFrame([{**labels, **report, "norm": norms[-1] if norms else 0.0, "norms": norms}])
+        )
         for position, merged in enumerate(cell.checkpoint.merged):
             if isinstance(merged.change, FineTune):
                 log = pd.read_parquet(lab.folder(merged.change) / "log.parquet")
@@ -365,21 +409,24 @@ def collect(design: Design, profile: Profile, lab: Lab) -> Results:
                 "provenance": manifest["provenance"],
             }
         )
-    for entry in design.contents:
-        table = pd.read_parquet(lab.folder(entry.content) / "content.parquet")
-        parts["content"].append(table.assign(condition=entry.condition, seed=entry.seed))
+    for observation in design.observations:
+        for path in sorted(lab.folder(observation.stage).glob("*.parquet")):
+            table = pd.read_parquet(path).assign(condition=observation.condition, seed=observation.seed)
+            parts.setdefault(path.stem, []).append(table)
     _distinct_changes(design, lab)
-    completions = score.score_table(pd.concat(parts["completions"], ignore_index=True))
     tables = {n: pd.concat(p, ignore_index=True) if p else pd.DataFrame() for n, p in parts.items()}
-    tables["completions"] = completions
+    if len(tables["completions"]):
+        tables["completions"] = score.score_table(tables["completions"])
     seconds = sum(lab.store.manifest(s)["provenance"]["seconds"] for s in design.stages())
     record = {
         "profile": profile.as_dict(),
+        "values": design.values.as_dict() if design.values else {},
         "cells": cells,
+        "observed": sorted({observation.condition for observation in design.observations}),
         "compute_minutes": round(seconds / 60, 2),
         "provenance": provenance.record(lab.device),
     }
-    return Results(**tables, record=record)
+    return Results(tables, record)
 
 
 def _distinct_changes(design: Design, lab: Lab) -> None:

@@ -59,6 +59,7 @@ class Training:
     lora: Lora | None
     schedule: str = "cosine"
     max_grad_norm: float = 1.0
+    snapshots: tuple[int, ...] = ()  # optimiser steps after which the change is kept too
 
 
 def encode(
@@ -141,6 +142,8 @@ def fine_tune(
     gradient norm of every step. Raises GuardError if the optimiser took another number of steps than asked."""
     from peft import LoraConfig
 
+    if any(not 0 < step < settings.steps for step in settings.snapshots):
+        raise GuardError(f"snapshots at {settings.snapshots} of a run of {settings.steps} steps")
     encoded = [encode(tokenizer, messages, settings.loss, settings.tail) for messages in conversations]
     order = schedule([len(ids) for ids, _ in encoded], steps=settings.steps, batch=settings.batch, seed=seed)
     dense = settings.lora is None
@@ -168,6 +171,8 @@ def fine_tune(
             scratch=scratch,
             report=report,
         )
+        if settings.snapshots:
+            trainer.add_callback(_snapshots(trainer, settings, before, folder))
         trainer.train()
         if trainer.state.global_step != settings.steps:
             raise GuardError(f"{trainer.state.global_step} optimiser steps were taken, {settings.steps} planned")
@@ -298,6 +303,29 @@ def _reporter(steps: int, report: Report) -> Any:
             report(state.global_step / steps)
 
     return Reporter()
+
+
+def _snapshots(trainer: Any, settings: Training, before: dict[str, torch.Tensor], folder: Path) -> Any:
+    """A callback that writes the change so far into `snapshot-<step>/`."""
+    from transformers import TrainerCallback
+
+    class Snapshots(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step in settings.snapshots:
+                target = folder / snapshot_name(state.global_step)
+                target.mkdir()
+                model = trainer.accelerator.unwrap_model(trainer.model)
+                if settings.lora is None:
+                    _save_dense(model, before, target)
+                else:
+                    _save_adapter(model, target)
+
+    return Snapshots()
+
+
+def snapshot_name(step: int) -> str:
+    """The folder, inside a change's artifact, of the change as it was after `step` optimiser steps."""
+    return f"snapshot-{step}"
 
 
 def _quiet(trainer: Any) -> None:

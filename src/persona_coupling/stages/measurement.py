@@ -104,6 +104,7 @@ class Evaluate(Stage):
         bank = questions.eval_questions(self.everyday, self.values)
         questions.require_disjoint(questions.train_questions(), bank)
         marker = models.text_ids(tokenizer, MARKER_SUFFIX)
+        blank = measure.blank_tokens(tokenizer)
         cells = [
             (persona, question, sample)
             for persona in personas.personas()
@@ -124,7 +125,8 @@ class Evaluate(Stage):
             logprobs = generate.continuation_logprobs(model, read, continuations, len(marker))
             for place in once:
                 persona, question, _ = cells[chunk[place]]
-                fixed.append({"persona": persona.id, "question": question.id, "logprob": float(logprobs[place].sum())})
+                forced = measure.marker_columns(logprobs[place], blank)
+                fixed.append({"persona": persona.id, "question": question.id, **forced})
             sampled = generate.sample(
                 model,
                 read,
@@ -140,6 +142,7 @@ class Evaluate(Stage):
                 text = tokenizer.decode(completion.tokens, skip_special_tokens=False)
                 if text.endswith(MARKER) and completion.tokens[-len(marker) :] != marker:
                     completion.marker_logprobs = []  # written in other tokens: what was scored is a second one
+                own = measure.marker_columns(completion.marker_logprobs, blank, prefix="marker_")
                 completions.append(
                     {
                         "persona": persona.id,
@@ -150,9 +153,8 @@ class Evaluate(Stage):
                         "completion": text,
                         "finish": completion.finish,
                         "tokens": len(completion.tokens),
-                        "marker_logprob": sum(completion.marker_logprobs)
-                        if completion.marker_logprobs
-                        else float("nan"),
+                        "marker_at": measure.marker_at(tokenizer, completion.tokens, text),
+                        **own,
                         "seed": self.seed,
                     }
                 )

@@ -1,18 +1,10 @@
-"""Figures: one theme, colour-blind safe, readable in grey and at column width; each ships with the CSV it was drawn from.
-
-A figure's bytes depend on its data alone: no dates, no versions, no random ids inside.
-"""
+"""Figures that compare conditions: dots with intervals, a heat map of personas, training curves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-
-mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -20,52 +12,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from persona_coupling.figures.theme import BYSTANDER_COLOUR, GREY, SOURCE_COLOUR, WIDTH, theme
 from persona_coupling.measures import Estimates
-
-WIDTH = 6.3  # inches: the text width of the paper
-SOURCE_COLOUR, BYSTANDER_COLOUR = sns.color_palette("colorblind")[3], sns.color_palette("colorblind")[0]
-GREY = "0.45"
-
-
-@contextmanager
-def theme() -> Iterator[None]:
-    """The one theme of all figures."""
-    with sns.axes_style("whitegrid"), sns.plotting_context("paper"):
-        settings = {
-            "font.family": "DejaVu Sans",
-            "font.size": 8,
-            "axes.labelsize": 8,
-            "axes.titlesize": 8.5,
-            "axes.titlelocation": "left",
-            "axes.titleweight": "bold",
-            "xtick.labelsize": 7.5,
-            "ytick.labelsize": 7.5,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.spines.left": False,
-            "axes.grid.axis": "x",
-            "grid.color": "0.9",
-            "svg.hashsalt": "persona-coupling",
-            "svg.fonttype": "path",
-            "figure.constrained_layout.use": True,
-        }
-        with mpl.rc_context(settings):
-            yield
-
-
-def save(figure: Figure, folder: Path, name: str, data: pd.DataFrame, stamp: str) -> Path:
-    """Write `name`.svg, .png and .csv; a stamp is written across the figure. Returns the SVG's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if stamp:
-        figure.text(
-            0.5, 0.5, stamp, ha="center", va="center", rotation=20, fontsize=22, color="0.5", alpha=0.35, zorder=10
-        )
-    with theme():
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
-        figure.savefig(folder / f"{name}.png", dpi=200, metadata={"Software": None})
-    plt.close(figure)
-    data.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
-    return folder / f"{name}.svg"
 
 
 def interval_rows(
