@@ -36,6 +36,7 @@ from persona_coupling.stages import (
     UltraChat,
     measurement,
 )
+from persona_coupling.stages.dose import Drift, Mixed
 from persona_coupling.store import Lab, Stage, Store
 from persona_coupling.study import Cell, Design, Observation
 from persona_coupling.train import Lora, Training
@@ -63,6 +64,8 @@ EXAMPLES = [
     Part(FineTune(START, ROWS, TRAINING, 0), FineTune(START, ROWS, TRAINING, 1), "inside"),
     Rescaled(FineTune(START, ROWS, TRAINING, 0), FineTune(START, ROWS, TRAINING, 1)),
     Truncated(FineTune(START, ROWS, TRAINING, 0), 2),
+    Mixed(ROWS, FromFile("1" * 64, "/somewhere"), 0.5, 0),
+    Drift(Checkpoint(SOURCE), START, 2, 1, "Be brief."),
     Content(START, (ROWS,)),
     Evaluate(START, 2, 1, 1, "Be brief.", SAMPLING, 0),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -104,6 +105,19 @@ def of_design(
     made += [content(estimates, values, arm) for arm in arms]
     made += [gate for condition in conditions for gate in readable(estimates, values, condition)]
     made += [converged(results, values, condition) for condition in trained]
+    return made
+
+
+def renamed(gates: Iterable[Gate], roles: Mapping[str, str]) -> list[Gate]:
+    """The readable gates of conditions again under the names of the roles they play: `roles` maps a role, as claims name
+    it in every profile, to the condition that plays it in this one. Conditions without gates are left out."""
+    known = {gate.id: gate for gate in gates}
+    made = []
+    for role, condition in roles.items():
+        for kind in ("finished", "scored", "coherent", "converged"):
+            gate = known.get(f"{kind}.{condition}")
+            if gate is not None:
+                made.append(replace(gate, id=f"{kind}.{role}"))
     return made
 
 
