@@ -14,8 +14,8 @@ from persona_coupling.figures.theme import WIDTH, theme
 MARKS = {"B": ("o", "-"), "B′": ("s", "--"), "C": ("^", "-."), "S": ("D", ":")}
 AXES = (
     ("steps", "SFT steps"),
-    ("norm", "norm of the SFT's weight change"),
-    ("kl", "KL from the raw model, nats per token"),
+    ("norm", "norm of the\nweight change"),
+    ("kl", "KL from the raw model,\nnats per token"),
 )
 
 
@@ -27,7 +27,8 @@ def dose_curves(data: pd.DataFrame, labels: dict[str, str], rows: list[tuple[str
         figure, grid = plt.subplots(
             len(rows), len(AXES), figsize=(WIDTH, 2.05 * len(rows) + 0.45), sharey="row", sharex="col", squeeze=False
         )
-        for line, (measure, y_label) in zip(grid, rows, strict=True):
+        for number, (measure, y_label) in enumerate(rows):
+            line = grid[number]
             for axes, (x, x_label) in zip(line, AXES, strict=True):
                 for arm, part in data[data["measure"] == measure].groupby("arm", sort=False):
                     mark, dashes = MARKS[str(arm)]
@@ -38,8 +39,8 @@ def dose_curves(data: pd.DataFrame, labels: dict[str, str], rows: list[tuple[str
                     axes.set_xticks(sorted(set(data["steps"])))
                     axes.xaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
                     axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
-                    axes.tick_params(axis="x", labelsize=6.5)
-                if line is grid[-1]:
+                    axes.tick_params(axis="x", labelsize=6.5, rotation=40)
+                if number == len(rows) - 1:
                     axes.set_xlabel(x_label)
                 if measure.endswith("rate"):
                     axes.set_ylim(-0.03, 1.03)
