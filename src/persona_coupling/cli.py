@@ -43,6 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
             "--workers", type=int, default=0, help="stages built side by side (default: the machine's)"
         )
         command.add_argument("--model", default="", help="another model: a folder, or owner/name@revision of the hub")
+        if name == "cells":
+            command.add_argument("--into", default="", help="a folder for the tables instead of the experiments' own")
+    joined = commands.add_parser("combine", help="join results that were made in parts, seed by seed")
+    _common(joined)
+    joined.add_argument("parts", nargs="+", help="folders that `cells --into` wrote")
     for name, what in (("paper", "redraw figures, tables and PDF from stored results"), ("claims", "print verdicts")):
         _common(commands.add_parser(name, help=what))
         if name == "paper":
@@ -147,8 +152,28 @@ def cells(arguments: argparse.Namespace) -> None:
     study = Study.open(parameters["profile"], seeds=parameters["seeds"], model=parameters["model"] or None)
     for experiment in experiments:
         folder = experiment.results(parameters["profile"])
+        if arguments.into:
+            folder = Path(arguments.into).resolve() / experiment.name
         study.run(notebooks.design_of(experiment, parameters), folder)
         print(f"  results    {_short(folder)}/")
+
+
+def combine(arguments: argparse.Namespace) -> None:
+    """Join parts into the experiments' results of a profile."""
+    from persona_coupling import evidence
+
+    name = profile_name(arguments.profile)
+    for experiment in notebooks.discover():
+        found = [Path(part) / experiment.name for part in arguments.parts]
+        folders = [folder for folder in found if (folder / "record.json").is_file()]
+        if not folders:
+            print(f"  {experiment.name}: none of the parts has it")
+            continue
+        results = evidence.combine([evidence.read(folder) for folder in folders])
+        if results.record["profile"]["name"] != name:
+            raise UserError(f"The parts are of the profile {results.record['profile']['name']}, not {name}.")
+        results.save(experiment.results(name))
+        print(f"  {experiment.name}: {len(folders)} parts, seeds {results.record['profile']['seeds']}")
 
 
 def reproduce(arguments: argparse.Namespace) -> None:
@@ -171,7 +196,8 @@ def reproduce(arguments: argparse.Namespace) -> None:
 
 
 def _short(path: Path) -> str:
-    return str(path.relative_to(paths.repository()))
+    inside = path.is_relative_to(paths.repository())
+    return str(path.relative_to(paths.repository()) if inside else path)
 
 
 def paper(arguments: argparse.Namespace) -> None:
@@ -254,6 +280,7 @@ def bench(arguments: argparse.Namespace) -> None:
 COMMANDS = {
     "reproduce": reproduce,
     "cells": cells,
+    "combine": combine,
     "plan": plan,
     "paper": paper,
     "claims": print_stored_claims,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,14 @@ from persona_coupling import claims, models, paths, personas, score, stats
 from persona_coupling.errors import GuardError
 
 ORDER = ("supported", "refuted", "inconclusive", "uninterpretable", "not run")
+
+
+def _minutes(contents: Iterable[dict[str, Any]]) -> float:
+    """Minutes of compute behind all experiments; an artifact that several share counts once."""
+    stages: dict[str, float] = {}
+    for content in contents:
+        stages |= content["stages"]
+    return round(sum(stages.values()) / 60, 2)
 
 
 def write_index(folder: Path) -> dict[str, Any]:
@@ -44,7 +53,7 @@ def write_index(folder: Path) -> dict[str, Any]:
         "profile": next(iter(experiments.values()))["profile"] if experiments else {},
         "values": {name: content["values"] for name, content in experiments.items() if content.get("values")},
         "provenance": {name: content["provenance"] for name, content in experiments.items()},
-        "compute_minutes": sum(content["compute_minutes"] for content in experiments.values()),
+        "compute_minutes": _minutes(experiments.values()),
         "prior": prior,
         "constants": {
             "confidence": stats.CONFIDENCE,

@@ -59,6 +59,8 @@ class Report:
             "facts": facts,
             "values": record.get("values", {}),
             "provenance": record["provenance"],
+            "parts": record.get("parts", []),
+            "stages": record.get("stages", {}),
             "compute_minutes": record["compute_minutes"],
         }
         folder = paths.generated(self.profile.name)

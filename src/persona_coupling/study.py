@@ -417,13 +417,14 @@ def collect(design: Design, profile: Profile, lab: Lab) -> Results:
     tables = {n: pd.concat(p, ignore_index=True) if p else pd.DataFrame() for n, p in parts.items()}
     if len(tables["completions"]):
         tables["completions"] = score.score_table(tables["completions"])
-    seconds = sum(lab.store.manifest(s)["provenance"]["seconds"] for s in design.stages())
+    seconds = {stage.key: lab.store.manifest(stage)["provenance"]["seconds"] for stage in design.stages()}
     record = {
         "profile": profile.as_dict(),
         "values": design.values.as_dict() if design.values else {},
         "cells": cells,
         "observed": sorted({observation.condition for observation in design.observations}),
-        "compute_minutes": round(seconds / 60, 2),
+        "stages": seconds,  # of compute, by artifact: experiments share some
+        "compute_minutes": round(sum(seconds.values()) / 60, 2),
         "provenance": provenance.record(lab.device),
     }
     return Results(tables, record)

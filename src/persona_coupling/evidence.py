@@ -1,0 +1,92 @@
+"""Results of one profile that were made in parts: on several machines, or seed by seed because a machine goes away.
+
+A part is a folder of results as `Study.run` writes it. Parts are joined only if they differ in nothing but their seeds, and
+each keeps its own provenance.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from persona_coupling.errors import UserError
+from persona_coupling.store import sha256_of
+from persona_coupling.study import Results
+
+
+def read(folder: Path) -> Results:
+    """A part as it was written. Raises UserError when it is absent or a table differs from its record."""
+    path = folder / "record.json"
+    if not path.is_file():
+        raise UserError(f"There are no results in {folder}.")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    tables = {}
+    for name, recorded in record["files"].items():
+        table = folder / f"{name}.parquet"
+        if not table.is_file() or sha256_of(table) != recorded:
+            raise UserError(f"{table} differs from its record. Copy that part again.")
+        tables[name] = pd.read_parquet(table)
+    return Results(tables, record)
+
+
+def combine(parts: Sequence[Results]) -> Results:
+    """One set of results from parts with different seeds.
+
+    Raises UserError when parts share a seed (a duplicated chain is no second observation) or differ in the profile's
+    values, the experiment's own values, the conditions or the tables.
+    """
+    first, *others = parts
+    seeds = [seed for part in parts for seed in part.record["profile"]["seeds"]]
+    if len(set(seeds)) != len(seeds):
+        raise UserError(f"The parts repeat a seed: {seeds}. A duplicated chain is no second observation.")
+    for part in others:
+        differing = [what for what, value in _identity(first).items() if _identity(part)[what] != value]
+        if differing:
+            raise UserError(f"The parts were made with other {', '.join(differing)}; they cannot be joined.")
+    order = sorted(parts, key=lambda part: min(part.record["profile"]["seeds"]))
+    tables = {n: pd.concat([part.tables[n] for part in order], ignore_index=True) for n in first.tables}
+    stages: dict[str, float] = {}
+    for part in order:
+        stages |= part.record["stages"]
+    record = {
+        **first.record,
+        "profile": {**first.record["profile"], "seeds": sorted(seeds)},
+        "cells": [cell for part in order for cell in part.record["cells"]],
+        "stages": stages,
+        "compute_minutes": round(sum(stages.values()) / 60, 2),
+        "provenance": _joined([part.record["provenance"] for part in order]),
+        "parts": [
+            {"seeds": part.record["profile"]["seeds"], "provenance": part.record["provenance"]} for part in order
+        ],
+    }
+    record.pop("files", None)
+    return Results(tables, record)
+
+
+def _identity(part: Results) -> dict[str, Any]:
+    """What must be the same in all parts."""
+    free = {"seeds": None, "model": {**part.record["profile"]["model"], "path": ""}}
+    return {
+        "profile values": {**part.record["profile"], **free},
+        "values of the experiment's own": part.record["values"],
+        "conditions": {cell["condition"] for cell in part.record["cells"]} | set(part.record["observed"]),
+        "tables": set(part.tables),
+    }
+
+
+def _joined(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Provenance of all parts: a field that they share as it is, one that differs as the list of its values in words."""
+    joined: dict[str, Any] = {}
+    for name, value in records[0].items():
+        values = list(dict.fromkeys(json.dumps(record[name], sort_keys=True) for record in records))
+        if len(values) == 1:
+            joined[name] = value
+        elif isinstance(value, dict):
+            joined[name] = {key: " / ".join(dict.fromkeys(str(r[name].get(key)) for r in records)) for key in value}
+        else:
+            joined[name] = " / ".join(dict.fromkeys(str(record[name]) for record in records))
+    return joined

@@ -1,0 +1,82 @@
+"""Results made in parts, joined: nothing repeated, nothing mixed, every part's machine remembered."""
+
+import copy
+import json
+
+import pandas as pd
+import pytest
+
+from persona_coupling import evidence
+from persona_coupling.errors import UserError
+from persona_coupling.study import Results
+
+
+def part(seed, *, commit="aaa"):
+    table = pd.DataFrame({"condition": ["A", "B"], "seed": seed, "value": [seed + 0.1, seed + 0.2]})
+    record = {
+        "profile": {"name": "x", "seeds": [seed], "steps": 3, "model": {"name": "m", "path": "/here"}},
+        "values": {"corpora": ["b"]},
+        "cells": [{"condition": "A", "seed": seed}, {"condition": "B", "seed": seed}],
+        "observed": ["A"],
+        "stages": {"shared": 60.0, f"own-{seed}": 30.0},
+        "compute_minutes": 1.5,
+        "provenance": {"commit": commit, "device": "D", "versions": {"torch": "1", "numpy": f"{seed}"}},
+    }
+    return Results({"completions": table}, record)
+
+
+def test_parts_with_other_seeds_are_joined_in_order():
+    joined = evidence.combine([part(2, commit="bbb"), part(0)])
+    assert joined.record["profile"]["seeds"] == [0, 2]
+    assert joined["completions"]["value"].tolist() == [0.1, 0.2, 2.1, 2.2]
+    assert joined.record["compute_minutes"] == 2.0, "a shared stage counts once"
+    assert joined.record["provenance"] == {
+        "commit": "aaa / bbb",
+        "device": "D",
+        "versions": {"torch": "1", "numpy": "0 / 2"},
+    }
+    assert [p["provenance"]["commit"] for p in joined.record["parts"]] == ["aaa", "bbb"]
+
+
+def test_a_seed_that_stands_twice_is_refused():
+    with pytest.raises(UserError, match="repeat a seed"):
+        evidence.combine([part(1), part(1)])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: r.record["profile"].update(steps=4), "profile values"),
+        (lambda r: r.record["values"].update(corpora=["c"]), "the experiment's own"),
+        (lambda r: r.record["cells"].pop(), "conditions"),
+        (lambda r: r.tables.update(scan=pd.DataFrame()), "tables"),
+    ],
+)
+def test_parts_of_different_studies_are_refused(change, said):
+    other = part(1)
+    change(other)
+    with pytest.raises(UserError, match=said):
+        evidence.combine([part(0), other])
+    assert evidence.combine([part(0), part(1)]), "the control: unchanged, they join"
+
+
+def test_where_a_local_model_lies_does_not_matter():
+    other = part(1)
+    other.record["profile"]["model"]["path"] = "/there"
+    assert evidence.combine([part(0), other])
+
+
+def test_what_is_written_is_read_and_damage_is_named(tmp_path):
+    made = part(0)
+    made.save(tmp_path)
+    again = evidence.read(tmp_path)
+    assert again["completions"].equals(made["completions"])
+    record = json.loads((tmp_path / "record.json").read_text())
+    damaged = copy.deepcopy(record)
+    damaged["files"]["completions"] = "0" * 64
+    (tmp_path / "record.json").write_text(json.dumps(damaged))
+    with pytest.raises(UserError, match=r"completions\.parquet differs"):
+        evidence.read(tmp_path)
+    (tmp_path / "record.json").unlink()
+    with pytest.raises(UserError, match="no results"):
+        evidence.read(tmp_path)
