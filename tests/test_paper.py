@@ -306,7 +306,12 @@ def planted(design: Design, profile: profiles.Profile, rates: Rates) -> Results:
             }
             for i in range(3)
         ]
-    record = {"profile": profile.as_dict(), "compute_minutes": 1.5, "stages": {"a": 90.0}, "provenance": provenance.record("cpu")}
+    record = {
+        "profile": profile.as_dict(),
+        "compute_minutes": 1.5,
+        "stages": {"a": 90.0},
+        "provenance": provenance.record("cpu"),
+    }
     tables = {
         "completions": score.score_table(pd.DataFrame(completions)),
         "fixed": pd.DataFrame(fixed),
