@@ -60,6 +60,18 @@ def plan(session: nox.Session) -> None:
 
 
 @nox.session
+def cells(session: nox.Session) -> None:
+    """Only train, sample and score: for a machine that draws nothing. Also -- --into FOLDER."""
+    command(session, "cells")
+
+
+@nox.session
+def combine(session: nox.Session) -> None:
+    """Join results that were made in parts: -- --profile NAME FOLDER ..."""
+    command(session, "combine")
+
+
+@nox.session
 def paper(session: nox.Session) -> None:
     """Redraw figures, tables and PDF from stored results; loads no model. Options: -- --profile NAME --notes."""
     command(session, "paper")
