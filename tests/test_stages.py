@@ -37,6 +37,8 @@ from persona_coupling.stages import (
     measurement,
 )
 from persona_coupling.stages.dose import Drift, Mixed
+from persona_coupling.stages.representations import Hidden, Shift
+from persona_coupling.stages.steering import Addition, Steer, Term
 from persona_coupling.store import Lab, Stage, Store
 from persona_coupling.study import Cell, Design, Observation
 from persona_coupling.train import Lora, Training
@@ -47,6 +49,8 @@ TRAINING = Training(2, 2, 1e-2, 0.05, 0.01, "completion", 8, LORA)
 SOURCE = TinyModel("llama", 3, 32, 0)
 ROWS = Authored("benign", 6, 0, 40, "0" * 64)
 START = Checkpoint(SOURCE).merge(FineTune(Checkpoint(SOURCE), ROWS, TRAINING, 0), layers=(0, 1), modules=("q_proj",))
+HIDDEN = Hidden(START, 2, 1, "Be brief.")
+STEERED = (Addition("restore", (Term(HIDDEN, "villain", 1.0), Term(HIDDEN, "others", -1.0))),)
 EXAMPLES = [
     SOURCE,
     WheelModel("name", "1.0", "0" * 64),
@@ -68,6 +72,9 @@ EXAMPLES = [
     Drift(Checkpoint(SOURCE), START, 2, 1, "Be brief."),
     Content(START, (ROWS,)),
     Evaluate(START, 2, 1, 1, "Be brief.", SAMPLING, 0),
+    HIDDEN,
+    Shift(HIDDEN, HIDDEN, FineTune(START, ROWS, TRAINING, 0), 2, 0.1, 5, (0.5,), 0),
+    Steer(START, STEERED, ("villain",), (0.5,), 2, 2, ("restore",), (0.5,), 1, SAMPLING, 2, 1, "Be brief.", 0),
 ]
 
 # ---------------------------------------------------------------------------------------------------- keys
