@@ -37,6 +37,7 @@ from persona_coupling.stages import (
     measurement,
 )
 from persona_coupling.stages.dose import Drift, Mixed
+from persona_coupling.stages.full_parameter import MatchedLoss, Spectrum
 from persona_coupling.stages.layers import LayerScan
 from persona_coupling.stages.representations import Hidden, Shift
 from persona_coupling.stages.steering import Addition, Steer, Term
@@ -72,8 +73,10 @@ EXAMPLES = [
     Truncated(FineTune(START, ROWS, TRAINING, 0), 2),
     Mixed(ROWS, FromFile("1" * 64, "/somewhere"), 0.5, 0),
     Drift(Checkpoint(SOURCE), START, 2, 1, "Be brief."),
-    LayerScan(START, FineTune(START, ROWS, TRAINING, 0), FineTune(START, ROWS, TRAINING, 1), 1, ("only",), ("villain",), 2, 1, ""),
+    LayerScan(START, FineTune(START, ROWS, TRAINING, 0), FromFile("2" * 64, "/x"), 1, ("only",), ("villain",), 2, 1, ""),
     Overlap(FineTune(START, ROWS, TRAINING, 0), FineTune(START, ROWS, TRAINING, 1), 2, 0),
+    MatchedLoss(FineTune(START, ROWS, TRAINING, 0), FineTune(START, ROWS, TRAINING, 1), 2),
+    Spectrum(FineTune(START, ROWS, TRAINING, 0), 2, 4),
     Content(START, (ROWS,)),
     Evaluate(START, 2, 1, 1, "Be brief.", SAMPLING, 0),
     HIDDEN,

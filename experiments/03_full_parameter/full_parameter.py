@@ -235,7 +235,7 @@ for arm in arms:
     found = full_parameter.marks(estimates, results, arm, values.variants)
     marks |= {f"{first}.prebaked": text for first, text in found.items()}
 n = results.completions.groupby(["condition", "persona"]).size().max()
-daggers = "† a gate failed: uninterpretable." if failed else "All gates passed."
+daggers = "† a gate failed: uninterpretable." if failed else "All gates of these conditions passed."
 notes.show(
     paper.figure(
         "variants",

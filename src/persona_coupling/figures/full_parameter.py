@@ -86,9 +86,9 @@ def by_variant(
                     frames.append(part.assign(column=column, measure=measure, name=list(here.values())))
                 _reference(axes, estimates, next(iter(here.values())), source)
                 axes.set_xlabel(x_label)
-                axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
-                axes.ticklabel_format(axis="x", useOffset=False)
-                if which == 0:
+                if which == 1:
+                    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
+                else:
                     axes.set_xlim(-0.03, 1.03)
                     axes.set_xticks([0, 0.5, 1.0])
                     axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
