@@ -85,12 +85,18 @@ def profile_name(asked: str) -> str:
 
 def stored_profile(asked: str) -> str:
     """The profile asked for, or the first of full, quick that has stored results."""
-    if asked:
-        return asked
+    found = asked or _evidence()
+    if found is None:
+        raise UserError("There are no stored results. Run `nox -s reproduce` first.")
+    return found
+
+
+def _evidence() -> str | None:
+    """The strongest profile that has stored results; smoke is none."""
     for name in ("full", "quick"):
         if any((experiment.results(name) / "record.json").is_file() for experiment in notebooks.discover()):
             return name
-    raise UserError("There are no stored results. Run `nox -s reproduce` first.")
+    return None
 
 
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -229,7 +235,9 @@ def build_paper(profile: str) -> Path:
     from persona_coupling import prose
 
     folder = paths.generated(profile)
-    prose.write_index(folder)
+    index = prose.write_index(folder)
+    if profile == _evidence() and (paths.repository() / "README.md").is_file():
+        prose.write_readme(index)
     target = paths.pdf(profile)
     temporary = target.with_suffix(f".{os.getpid()}.pdf")
     try:

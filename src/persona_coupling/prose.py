@@ -5,14 +5,60 @@ from __future__ import annotations
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from persona_coupling import claims, models, paths, personas, score, stats
 from persona_coupling.errors import GuardError
 
+README_BEGINS = "<!-- headline: written by `nox -s paper` from the verdicts; do not edit by hand -->"
+README_ENDS = "<!-- end of headline -->"
 ORDER = ("supported", "refuted", "inconclusive", "uninterpretable", "not run")
+
+
+def headline(rows: Sequence[Mapping[str, Any]], path: Path | None = None) -> dict[str, list[str]]:
+    """The answer in plain words, chosen by verdicts from `paper/headline.toml`: `sentences`, and the topics left `open`.
+
+    `rows` are judged claims with id and verdict. Raises GuardError for a sentence about a claim that does not exist.
+    """
+    verdicts = {row["id"]: row["verdict"] for row in rows}
+    table = tomllib.loads((path or paths.repository() / "paper" / "headline.toml").read_text(encoding="utf-8"))
+    sentences, left_open = [], []
+    for sentence in table["sentence"]:
+        unknown = [claim for claim in sentence["claims"] if claim not in verdicts]
+        if unknown:
+            raise GuardError(f"headline.toml speaks of claims that do not exist: {', '.join(unknown)}")
+        read = {verdicts[claim] for claim in sentence["claims"]} - {"uninterpretable", "not run"}
+        if not read:
+            left_open.append(sentence["topic"])
+        elif len(read) == 1 and read <= {"supported", "refuted"}:
+            sentences.append(sentence[read.pop()])
+        else:
+            sentences.append(sentence["mixed"])
+    return {"sentences": sentences, "open": left_open}
+
+
+def write_readme(index: Mapping[str, Any]) -> None:
+    """Put the headline of this copy's verdicts between the README's two comments. Raises GuardError without them."""
+    path = paths.repository() / "README.md"
+    text = path.read_text(encoding="utf-8")
+    before, found, rest = text.partition(README_BEGINS)
+    _, ended, after = rest.partition(README_ENDS)
+    if not found or not ended:
+        raise GuardError(f"{path} lacks the comments between which the headline stands")
+    words = index["headline"]
+    profile = index["profile"]
+    seeds = len(profile["seeds"])
+    lines = [f"- {sentence}" for sentence in words["sentences"]]
+    if words["open"]:
+        lines.append(f"- Left open by this run: {', '.join(words['open'])}.")
+    source = (
+        f"From the profile `{profile['name']}` ({profile['model']['name']}, {seeds} seed{'s' if seeds != 1 else ''}); "
+        f"[the paper](paper/paper-{profile['name']}.pdf) has the numbers, intervals and verdicts behind each sentence."
+    )
+    block = "\n".join(["", *lines, "", source, ""])
+    path.write_text(before + README_BEGINS + block + README_ENDS + after, encoding="utf-8")
 
 
 def _minutes(contents: Iterable[dict[str, Any]]) -> float:
@@ -48,6 +94,7 @@ def write_index(folder: Path) -> dict[str, Any]:
             if (paths.experiments() / name / "section.typ").is_file()
         ],
         "claims": rows,
+        "headline": headline(rows),
         "counts": {verdict: counts.get(verdict, 0) for verdict in ORDER},
         "gates": [{**g, "experiment": n} for n, content in experiments.items() for g in content["gates"]],
         "profile": next(iter(experiments.values()))["profile"] if experiments else {},

@@ -1,0 +1,73 @@
+"""The headline: chosen by verdicts, by nothing else."""
+
+import pytest
+
+from persona_coupling import claims, paths, prose
+from persona_coupling.errors import GuardError
+
+TOML = """
+[[sentence]]
+topic = "adding"
+claims = ["a", "b"]
+supported = "It breaks."
+refuted = "It holds."
+mixed = "It depends."
+
+[[sentence]]
+topic = "why"
+claims = ["c"]
+supported = "Because."
+refuted = "Not because."
+mixed = "Who knows."
+"""
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "sentences", "left_open"),
+    [
+        (("supported", "supported", "refuted"), ["It breaks.", "Not because."], []),
+        (("supported", "not run", "uninterpretable"), ["It breaks."], ["why"]),
+        (("supported", "refuted", "inconclusive"), ["It depends.", "Who knows."], []),
+        (("refuted", "uninterpretable", "supported"), ["It holds.", "Because."], []),
+        (("supported", "inconclusive", "not run"), ["It depends."], ["why"]),
+        (("not run", "uninterpretable", "not run"), [], ["adding", "why"]),
+    ],
+)
+def test_verdicts_choose_the_sentences(tmp_path, verdicts, sentences, left_open):
+    (tmp_path / "headline.toml").write_text(TOML)
+    rows = [{"id": identity, "verdict": verdict} for identity, verdict in zip("abc", verdicts, strict=True)]
+    assert prose.headline(rows, tmp_path / "headline.toml") == {"sentences": sentences, "open": left_open}
+
+
+def test_a_sentence_about_no_claim_is_refused(tmp_path):
+    (tmp_path / "headline.toml").write_text(TOML)
+    with pytest.raises(GuardError, match="do not exist: b"):
+        prose.headline([{"id": "a", "verdict": "supported"}], tmp_path / "headline.toml")
+
+
+def test_the_papers_headline_speaks_of_claims_that_exist():
+    rows = [{"id": claim.id, "verdict": "supported"} for claim in claims.read()]
+    assert prose.headline(rows)["sentences"]
+
+
+def test_the_readme_is_rewritten_between_its_comments_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("PERSONA_COUPLING_ROOT", str(tmp_path))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{prose.README_BEGINS}\nold\n{prose.README_ENDS}\nafter\n")
+    profile = {"name": "quick", "seeds": [0], "model": {"name": "M"}}
+    prose.write_readme({"headline": {"sentences": ["It breaks."], "open": ["why"]}, "profile": profile})
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "- It breaks.\n- Left open by this run: why.\n" in text
+    assert "one seed" not in text
+    assert "1 seed)" in text
+    assert "old" not in text
+    readme.write_text("no comments")
+    with pytest.raises(GuardError, match="lacks the comments"):
+        prose.write_readme({"headline": {"sentences": [], "open": []}, "profile": profile})
+
+
+def test_the_repositorys_readme_has_the_comments():
+    text = (paths.repository() / "README.md").read_text(encoding="utf-8")
+    assert text.index(prose.README_BEGINS) < text.index(prose.README_ENDS)
