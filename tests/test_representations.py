@@ -150,15 +150,27 @@ def test_a_probe_never_meets_its_question():
     assert (scores.argmax(1) == labels().reshape(-1)).all(), "control: seen questions are remembered"
 
 
-def test_a_probe_transfers_over_a_common_shift_only_when_recentred():
+def test_what_a_question_contributes_does_not_hide_the_personas():
+    """Questions that differ far more than personas do: the probe needs their contribution removed."""
+    states = clusters(0.3) + 40 * rng.normal(size=(1, QUESTIONS, WIDTH))
+    fold = representations.folds(QUESTIONS, 4)
+    assert representations.probe(states, states, labels(), fold, ridge=0.1).mean() < 0.6
+    among = representations.among_personas(states)
+    assert representations.probe(among, among, labels(), fold, ridge=0.1).mean() > 0.95
+    shuffled = representations.permuted_labels(PERSONAS, QUESTIONS, rng)
+    assert representations.probe(among, among, shuffled, fold, ridge=0.1).mean() < 0.45
+
+
+def test_a_probe_transfers_over_a_common_shift_only_among_personas():
     states, fold = clusters(0.3), representations.folds(QUESTIONS, 4)
     moved = states + 30 * (states[1, 0] - states[0, 0])
     plain = representations.probe(states, moved, labels(), fold, ridge=0.1)
-    centred = representations.probe(states, moved, labels(), fold, ridge=0.1, recentre=True)
+    raw, tuned = map(representations.among_personas, (states, moved))
+    centred = representations.probe(raw, tuned, labels(), fold, ridge=0.1)
     assert plain.mean() < 0.4
     assert centred.mean() > 0.95
-    turned = states @ np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0]
-    lost = representations.probe(states, turned, labels(), fold, ridge=0.1, recentre=True)
+    turned = raw @ np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0]
+    lost = representations.probe(raw, turned, labels(), fold, ridge=0.1)
     assert lost.mean() < 0.7
     assert representations.probe(turned, turned, labels(), fold, ridge=0.1).mean() > 0.95, "rotated, yet still there"
 

@@ -19,6 +19,7 @@ SHIFTS = (
     "cosine",
     "own_cosine",
     "common",
+    "common_share",
     "spread",
     "spread_ratio",
 )
@@ -74,7 +75,8 @@ def shift_measures(
 
     Lengths are in units of the spread before. `own_` quantities are taken after the mean over personas is subtracted on
     either side, so that what happens to everybody is gone. `common` is the cosine between the source's shift and the mean
-    shift of all others; `spread` the yardstick itself, `spread_ratio` the spread after over before.
+    shift of all others, `common_share` its square: the share of the source's shift, as squared length, that lies along
+    the others'. `spread` is the yardstick itself, `spread_ratio` the spread after over before.
     """
     others = np.arange(len(before)) != source
     unit, moved = spread(before), after - before
@@ -82,6 +84,7 @@ def shift_measures(
     own_moved = own_after - own_before
     if unit == 0:
         return np.full(len(SHIFTS), np.nan)
+    common = cosine(moved[source], moved[others].mean(axis=0))
     lengths, own_lengths = (np.linalg.norm(v, axis=1) / unit for v in (moved, own_moved))
     return np.array(
         [
@@ -91,7 +94,8 @@ def shift_measures(
             own_lengths[others].mean(),
             cosine(before[source], after[source]),
             cosine(own_before[source], own_after[source]),
-            cosine(moved[source], moved[others].mean(axis=0)),
+            common,
+            common**2,
             unit,
             spread(after) / unit,
         ]
@@ -140,13 +144,11 @@ def ridge_scores(
     *,
     classes: int,
     ridge: float,
-    centre: Float[ndarray, " width"] | None = None,
 ) -> Float[ndarray, "cases classes"]:
     """Scores of a linear ridge classifier: least squares on class indicators (Hoerl and Kennard 1970,
     doi:10.1080/00401706.1970.10488634), in its dual form, since there are fewer rows than dimensions.
 
     The penalty is `ridge` times the mean squared length of a centred row; raising it leans on the leading directions.
-    `centre` is subtracted from the test rows (default: the training rows' mean).
     """
     mean = train.mean(axis=0)
     rows = train - mean
@@ -154,8 +156,7 @@ def ridge_scores(
     gram = rows @ rows.T
     penalty = ridge * max(float(np.trace(gram)) / len(rows), np.finfo(float).tiny)
     weights = np.linalg.solve(gram + penalty * np.eye(len(rows)), indicators - indicators.mean(axis=0))
-    cases = test - (mean if centre is None else centre)
-    return np.asarray(cases @ rows.T @ weights + indicators.mean(axis=0))
+    return np.asarray((test - mean) @ rows.T @ weights + indicators.mean(axis=0))
 
 
 def probe(
@@ -165,11 +166,9 @@ def probe(
     fold: Int[ndarray, " questions"],
     *,
     ridge: float,
-    recentre: bool = False,
 ) -> Bool[ndarray, "personas questions"]:
     """Whether each state of `test` is assigned to its label by a probe that was trained on `train` at the questions of
-    the other folds, and so has never met the question. `recentre`: the mean of `test` over personas and those same other
-    questions replaces that of `train`, so that a shift common to all personas costs nothing."""
+    the other folds, and so has never met the question."""
     classes = int(labels.max()) + 1
     hits = np.zeros(labels.shape, dtype=bool)
     width = train.shape[-1]
@@ -181,10 +180,15 @@ def probe(
             test[:, unseen].reshape(-1, width),
             classes=classes,
             ridge=ridge,
-            centre=test[:, seen].mean(axis=(0, 1)) if recentre else None,
         )
         hits[:, unseen] = (scores.argmax(axis=1) == labels[:, unseen].reshape(-1)).reshape(labels[:, unseen].shape)
     return hits
+
+
+def among_personas(states: Float[ndarray, "personas questions width"]) -> Float[ndarray, "personas questions width"]:
+    """States minus their mean over personas at every question: what the question contributes is gone, and so is a shift
+    common to all personas."""
+    return np.asarray(states - states.mean(axis=0))
 
 
 def permuted_labels(personas: int, questions: int, rng: np.random.Generator) -> Int[ndarray, "personas questions"]:

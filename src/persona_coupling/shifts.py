@@ -53,12 +53,13 @@ def probe_table(
     tables = []
     for position, layer, one, other in _by_layer(before, after):
         shuffled = representations.permuted_labels(len(names), len(bank), rng)
+        raw, tuned = map(representations.among_personas, (one, other))
         hits = {
-            "raw": representations.probe(one, one, true, fold, ridge=ridge),
-            "tuned": representations.probe(other, other, true, fold, ridge=ridge),
+            "raw": representations.probe(raw, raw, true, fold, ridge=ridge),
+            "tuned": representations.probe(tuned, tuned, true, fold, ridge=ridge),
             "transfer": representations.probe(one, other, true, fold, ridge=ridge),
-            "transfer_centred": representations.probe(one, other, true, fold, ridge=ridge, recentre=True),
-            "permuted": representations.probe(one, one, shuffled, fold, ridge=ridge),
+            "transfer_centred": representations.probe(raw, tuned, true, fold, ridge=ridge),
+            "permuted": representations.probe(raw, raw, shuffled, fold, ridge=ridge),
         }
         keys = {
             "position": position,

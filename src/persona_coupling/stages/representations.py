@@ -97,9 +97,10 @@ class Shift(Stage):
     """How SFT moved the personas, as small tables.
 
     `shift` (position, layer, question): `representations.SHIFTS`, one jackknife pseudo-value per question.
-    `probe` (position, layer, persona, question): whether a linear probe names the persona, within the raw model (`raw`),
-    within the SFT'd one (`tuned`), from raw to SFT'd as it is (`transfer`) and once either model's mean over personas is
-    gone (`transfer_centred`), and on shuffled labels (`permuted`).
+    `probe` (position, layer, persona, question): whether a linear probe names the persona among the eleven, each model's
+    mean over personas being removed at every question: within the raw model (`raw`), within the SFT'd one (`tuned`), from
+    raw to SFT'd (`transfer_centred`), on shuffled labels (`permuted`); and from raw to SFT'd with nothing removed
+    (`transfer`).
     `reading` (position, layer, question; layer 0: all together): what the adapter makes of a direction per unit length,
     relative to a random one. `response_*` weighs directions by what the adapter writes for them (A'B'BA), `inside_*` is
     the share in the row space of its A's; `_shift` is the source's shift, `_persona` source minus others on the raw
