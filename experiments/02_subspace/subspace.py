@@ -24,7 +24,7 @@
 #
 # * SFT on attention alone disables an adapter that sits on the MLPs alone: no matrix is shared. *Refuted if the villain
 #   stays within 25 points.*
-# * What does the harm is outside the adapter's subspaces: without its part inside, the SFT disables the adapter still;
+# * What does the damage is outside the adapter's subspaces: without its part inside, the SFT disables the adapter still;
 #   the part inside, alone, does not. *Refuted if the marker comes back, or goes, by more than half.*
 # * It is not generic perturbation: a random change of the same rank and norms leaves the adapter working.
 # * SFT and adapter do write into common directions, more than twice as much as chance. Overlap is not collision.
@@ -131,16 +131,19 @@ notes.sample_answers(results, ["villain", "assistant"])
 
 # %%
 paper = report.Report(experiment.name, study, results)
-blocks, ends = subspace.blocks(conditions)
+shown = [c for c in conditions if not (one_recipe and c.startswith("A.") and c.endswith(".scratch"))]
+blocks, ends = subspace.blocks(shown)
 n = results.completions.groupby(["condition", "persona"]).size().min()
 about = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}, 95 % intervals over seeds × questions"
 daggers = "† a gate failed: uninterpretable." if failed else "All gates passed."
+if one_recipe and trained:
+    daggers += " The raw model coupled from scratch is the raw model with the adapter."
 notes.show(
     paper.figure(
         "remains",
         pictures.remains(estimates, blocks, names, ends, failed),
         "What is left of the adapter when the SFT sits on other modules, and when only a part of it is merged. In b, a "
-        "dotted line runs half way between the raw model and the whole SFT; right of it less than half of the harm is "
+        "dotted line runs half way between the raw model and the whole SFT; right of it less than half of the damage is "
         f"done. On the right, the share of the SFT's squared norm. n = {n} answers per persona and condition or more; "
         f"{about}. {daggers}",
     )
@@ -156,10 +159,8 @@ columns = [
     tables.Column("villain", "source_rate", "percent"),
     tables.Column("contrast, points", "contrast", "points"),
     tables.Column("log-prob., villain", "fixed_logprob_source", "nats"),
-    tables.Column("log-prob. contrast", "fixed_logprob_contrast", "nats"),
     tables.Column("above half way", "above_midpoint", "nats"),
     tables.Column("content shift", "content_shift", "nats"),
-    tables.Column("norm", "sft_norm", "nats"),
     tables.Column("squared norm", "norm_share", "percent"),
 ]
 subspace.fill(estimates, conditions, [column.measure for column in columns])
@@ -167,8 +168,8 @@ rows = {c: f"{c.split('.')[0]}, {names[c]}" for block in blocks.values() for c i
 paper.table(
     "remains",
     tables.by_condition(estimates, rows, columns, failed),
-    f"What is left of the coupling, and what of the SFT, by condition. Log-probabilities and content shift in nats, norm "
-    f"of what was merged first and its square as a share of the whole SFT's. {about}. {daggers}",
+    f"What is left of the coupling, and what of the SFT, by condition. Log-probabilities and content shift in nats; squared "
+    f"norm of what was merged first, as a share of the whole SFT's. {about}. {daggers}",
 )
 
 # %% [markdown]
@@ -178,20 +179,14 @@ paper.table(
 # random A overlap for a trivial one. Grey: what random changes give.
 
 # %%
-compared = {
-    **{f"{arm}.whole": f"{arm}, the SFT that is taken apart" for arm in letters[:1]},
-    **{
-        arm: f"{arm}, from the adapter's own random A"
-        for arm in letters[:1]
-        if arm in set(results["overlap"]["condition"])
-    },
-}
+compared = {f"{letters[0]}.whole": "the SFT that is taken apart", letters[0]: "an SFT from the adapter's own A"}
+compared = {c: name for c, name in compared.items() if c in set(results["overlap"]["condition"])}
 notes.show(
     paper.figure(
         "overlap",
         pictures.overlap_by_layer(results["overlap"], compared),
-        "Share of the SFT's energy inside the adapter's subspaces, in multiples of rank / dimension, by layer and module; "
-        f"mean over {len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}. Grey: the middle 95 % of "
+        f"Share of the SFT's energy ({letters[0]}) inside the adapter's subspaces, in multiples of rank / dimension, by "
+        f"layer and module; mean over {len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}. Grey: the middle 95 % of "
         f"{values.overlap_draws} random changes per matrix.",
     )
 )
@@ -206,24 +201,22 @@ overlap_columns = [
     tables.Column("chance ", "output_chance", "percent"),
     tables.Column("angle ", "output_angle", "number"),
     tables.Column("random ", "output_angle_drawn", "number"),
-    tables.Column("cosine", "cosine", "nats"),
 ]
 kinds = [m for m in models.MODULES if m in set(results["overlap"]["module"])]
 overlap_rows = {}
 for condition, title in compared.items():
-    overlap_rows |= {condition: f"{title}: all"} | {
-        f"{condition}.{m}": f"{condition.split('.')[0]}, {m}" for m in kinds
-    }
+    short = "taken apart" if condition.endswith("whole") else "adapter's own A"
+    overlap_rows |= {condition: f"{title}: all"} | {f"{condition}.{m}": f"{short}: {m}" for m in kinds}
 paper.table(
     "overlap",
     tables.by_condition(estimates, overlap_rows, overlap_columns, set()),
-    "The SFT in the adapter's subspaces: share of its energy, smallest principal angle in degrees, and what chance gives; "
-    f"cosine of the two changes as vectors. Means over matrices; {len(study.seeds)} seed"
+    "The SFT in the adapter's subspaces: share of its energy, and what rank / dimension gives; smallest principal angle in "
+    f"degrees, and that of random changes. Means over matrices; {len(study.seeds)} seed"
     f"{'s' if len(study.seeds) > 1 else ''}, 95 % intervals over seeds × layers.",
 )
 
 # %% [markdown]
-# What it shows: overlap of directions, unsigned. What it does not: that overlap does harm. Two changes that read and
+# What it shows: overlap of directions, unsigned. What it does not: that overlap does damage. Two changes that read and
 # write the same directions add up, in one matrix, without disturbing each other.
 
 # %% [markdown]
@@ -233,9 +226,7 @@ paper.table(
 facts = {
     "conditions": names,
     "failed": sorted(failed),
-    "arms": letters,
     "modules": [c for c in conditions if "_" in c.split(".")[1]],
-    "start": "apart" if values.restart else "shared",
 }
 judgements = paper.finish(estimates, checked, facts)
 report.verdict_table(judgements)

@@ -215,13 +215,15 @@ def label(condition: str) -> str:
         return f"SFT on {NAMES[first]}, {verb} on {NAMES[second]}"
     if variant.startswith("rank"):
         return f"SFT of rank {variant.removeprefix('rank')}, same norm"
+    if (variant, recipe) == ("random", "scratch"):
+        return "random change, coupling on all modules"
     return {
-        "": "the SFT from the adapter's own random A",
+        "": "the SFT from the adapter's own A",
         "whole": "the whole SFT",
-        "outside": "its part outside the adapter's subspaces",
-        "inside": "its part inside",
+        "outside": "part outside the adapter's subspaces",
+        "inside": "part inside them",
         "random": "random change, same norms and rank",
-        "control": "its part outside random subspaces",
+        "control": "part outside random subspaces",
     }[variant]
 
 
@@ -230,7 +232,8 @@ def blocks(names: Iterable[str]) -> tuple[dict[str, list[str]], dict[str, tuple[
     the wholly SFT'd model's condition between which the others stand."""
     made: dict[str, list[str]] = {}
     ends: dict[str, tuple[str, str]] = {}
-    for condition in names:
+    order = [arms.RAW, *arms.LETTERS.values()]
+    for condition in sorted(names, key=lambda name: order.index(parts_of(name)[0])):
         arm, variant, recipe = parts_of(condition)
         after = arms.LABELS[arm].removesuffix(" first")
         if recipe == "scratch":
@@ -354,7 +357,8 @@ def add_overlap(made: Estimates, results: Results) -> None:
             for column, (measure, unit) in columns.items():
                 measures.add_mean(made, f"{name}.{side}_{measure}", ours, column, unit)
                 drawn_name = "drawn" if measure == "share" else f"{measure}_drawn"
-                measures.add_mean(made, f"{name}.{side}_{drawn_name}", drawn, column, unit)
+                mean = float(drawn[column].mean())
+                made.named[f"{name}.{side}_{drawn_name}"] = Estimate(mean, None, None, len(drawn), 0, 0, unit=unit)
             measures.add_mean(made, f"{name}.{side}_beyond_twice", ours, "beyond_twice", "difference of proportions")
             chance = float(ours["expected"].mean())
             made.named[f"{name}.{side}_chance"] = Estimate(chance, None, None, len(ours), 0, 0, unit="proportion")

@@ -143,6 +143,6 @@ def overlap_by_layer(table: pd.DataFrame, names: dict[str, str]) -> tuple[Figure
         handles += [mpl.patches.Patch(color="0.85"), mpl.lines.Line2D([], [], color="0.3", linewidth=0.8)]
         figure.legend(
             handles, [*texts, "random changes, 95 %", "rank / dimension"], loc="outside upper center",
-            ncols=len(handles), frameon=False, fontsize=7,
+            ncols=len(handles), frameon=False, fontsize=6.5, handlelength=1.6, columnspacing=1.2,
         )  # fmt: skip
     return figure, lines.merge(null.reset_index().rename(columns={tail: "chance_low", 1 - tail: "chance_high"}))
