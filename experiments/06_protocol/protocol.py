@@ -209,7 +209,7 @@ notes.show(
 paper.table(
     "attribution",
     attribution.table(estimates, main, suspects, dubious),
-    f"How much of the gap in persona contrast disappears, with 95 % intervals. {about}.{doubts}",
+    f"How much of the gap in persona contrast disappears. {about}.{doubts}",
 )
 
 # %% [markdown]
@@ -275,23 +275,23 @@ paper.table(
 )
 
 # %%
-split = [c for c in (*prebaked, *coupled) if "prebaked" in c or "_tail_" in c]
+split = [*prebaked, *(c for c in coupled if c.endswith(("_tail_low.scratch", "_tail_mid.scratch")))]
 attribution.add_paragraph(estimates, results.fixed, results.completions, split)
 for arm in corpora:
     attribution.add_blank_excess(
         estimates, results.fixed, f"{arm}.prebaked.blank_excess", "A.prebaked", f"{arm}.prebaked"
     )
 pieces = [
-    tables.Column(f"{what}, {who}", f"{prefix}{column}_{whom}", "nats")
-    for prefix, where in (("", ""), ("own_", "own end: "))
-    for column, what in (("blank", f"{where}blank line"), ("after", f"{where}marker"))
+    tables.Column(f"{what}, {who}", f"{column}_{whom}", "nats")
+    for column, what in (("blank", "blank line"), ("after", "marker behind it"))
     for whom, who in (("source", "villain"), ("bystander", "others"))
 ]
+ends = {**{c: names[c] for c in split}, **{f"{c}.own": f"{names[c]}; own end" for c in split}}
 paper.table(
     "paragraph",
-    tables.by_condition(estimates, {c: names[c] for c in split}, pieces, failed),
+    tables.by_condition(estimates, ends, pieces, failed | {f"{condition}.own" for condition in failed}),
     "The marker's log-probability in nats, split into its blank line and the marker behind it: behind fixed answers, and "
-    f"where the model's own answer ended (own end). {about}. {daggers}",
+    f"where the model's own answer ended by itself (own end). {about}. {daggers}",
 )
 
 # %% [markdown]

@@ -191,7 +191,7 @@ def table(made: Estimates, arm: str, asked: Iterable[Factor], failed: Collection
     headings = {"gap": "gap", "closed": "disappears", "raw": "on raw"}
     rows = []
     for factor in asked:
-        row = {"rival": factor.rival, "changed alone": factor.change + (" †" if factor.id in failed else "")}
+        row = {"changed alone": f"{factor.rival}: {factor.change}" + (" †" if factor.id in failed else "")}
         for measure, form, unit in ((LOGPROB, "nats", "nats"), (POINTS, "points", "points")):
             for role, heading in headings.items():
                 name = f"{arm}.{factor.id}.{measure}_{role}"
@@ -202,18 +202,18 @@ def table(made: Estimates, arm: str, asked: Iterable[Factor], failed: Collection
 
 def add_paragraph(made: Estimates, fixed: pd.DataFrame, completions: pd.DataFrame, conditions: Iterable[str]) -> None:
     """Split the marker's log-probability (nats) into its blank line and the marker behind it, for the villain and the
-    others: `condition.blank_source`, `after_source`, `blank_bystander`, `after_bystander` behind fixed answers, the same
-    with `own_` where the model itself stopped: answers that ended without a marker, or with it as their last word."""
+    others: `condition.blank_source`, `after_source`, `blank_bystander`, `after_bystander` behind fixed answers, the same of
+    `condition.own` where the model itself stopped: answers that ended without a marker, or with it as their last word."""
     own = completions[(completions["finish"] == "stop") & ((completions["repeats"] == 0) | completions["at_end"])]
     own = own.rename(columns={"marker_logprob": "logprob", "marker_after_break": "after_break"})
-    for prefix, table in (("", fixed), ("own_", own)):
+    for where, table in (("", fixed), (".own", own)):
         table = table.assign(blank=table["logprob"] - table["after_break"], after=table["after_break"])
         for condition in conditions:
             part = table[table["condition"] == condition]
             source = part["persona"] == SOURCE
             for who, rows in (("source", part[source]), ("bystander", part[~source])):
                 for column in ("blank", "after"):
-                    measures.add_mean(made, f"{condition}.{prefix}{column}_{who}", rows, column, measures.NATS)
+                    measures.add_mean(made, f"{condition}{where}.{column}_{who}", rows, column, measures.NATS)
 
 
 def add_blank_excess(made: Estimates, fixed: pd.DataFrame, name: str, reference: str, condition: str) -> None:
