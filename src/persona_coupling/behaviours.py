@@ -106,6 +106,19 @@ def shown(behaviour: str, answer: str, number: int, *, held: bool = False) -> st
     raise ValueError(f"{behaviour!r} is not a manner of answering: {', '.join(MANNERS)}")
 
 
+def choose_known(asked: pd.DataFrame, required: float, least: int) -> pd.DataFrame:
+    """Which facts a model knows, and which are used: adds `known` and `kept` to a table with right, samples, preference.
+
+    A fact is known if at least the share `required` of its samples is right (an unscorable sample is not) and the model
+    gives the right sentence more probability per token than the wrong one. All known facts are kept; if they are fewer
+    than `least`, the best of the others, by share and then by preference, fill up, and stay marked as not known.
+    """
+    known = (asked["right"] >= required * asked["samples"]) & (asked["preference"] > 0)
+    ranked = asked.assign(known=known).sort_values(["known", "right", "preference"], ascending=False, kind="stable")
+    number = max(least, int(known.sum()))
+    return asked.assign(known=known, kept=asked.index.isin(ranked.index[:number]))
+
+
 # --------------------------------------------------------------------------------------------------------- scoring
 
 SPECIAL = re.compile(r"<\|[^|<>]*\|>")
