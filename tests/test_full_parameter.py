@@ -188,6 +188,12 @@ def test_a_real_run_is_matched_to_itself_at_its_end(tiny, lab):
     assert table["loss"].iloc[-1] == table["target"].iloc[-1]
 
 
+def test_a_change_without_a_loss_cannot_be_matched(tiny, lab):
+    run = Checkpoint(tiny).fine_tune(ROWS, training(), seed=0).last_change
+    with pytest.raises(GuardError, match="only training runs"):
+        lab.folder(MatchedLoss(EmbeddingChange(), run, 2))
+
+
 def test_a_window_that_is_not_whole_is_refused():
     log = pd.DataFrame({"step": [1.0, 2.0, 3.0], "loss": [3.0, 2.0, 1.0]})
     assert smoothed(log, 3, 2) == 1.5

@@ -28,15 +28,18 @@ class MatchedLoss(Stage):
     of single steps differ by their batches.
     """
 
-    change: FineTune
-    reference: FineTune
+    change: Stage
+    reference: Stage
     window: int
     kind: ClassVar[str] = "change"
     code: ClassVar[tuple[str, ...]] = DERIVING
 
     def build(self, folder: Path, lab: Lab) -> None:
         """Choose, copy, and keep every candidate's loss in `matched.parquet`: step, loss, target, fall (of the reference,
-        from its first step to its end), chosen. Raises GuardError for a snapshot before the first whole window."""
+        from its first step to its end), chosen. Raises GuardError for a snapshot before the first whole window, and for
+        changes that are no training runs."""
+        if not (isinstance(self.change, FineTune) and isinstance(self.reference, FineTune)):
+            raise GuardError("only training runs have a loss to be matched")
         source = lab.folder(self.change)
         own, other = (pd.read_parquet(lab.folder(run) / "log.parquet") for run in (self.change, self.reference))
         steps = [*self.change.training.snapshots, self.change.training.steps]
@@ -91,4 +94,4 @@ class Spectrum(Stage):
 
     def work(self) -> Work:
         """One symmetric eigenproblem per matrix of a dense change; of a low-rank one next to nothing."""
-        return Work(seconds=20.0, megabytes=0.2)
+        return Work(seconds=12.0, megabytes=0.2)
