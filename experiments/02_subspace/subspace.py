@@ -186,8 +186,8 @@ notes.show(
         "overlap",
         pictures.overlap_by_layer(results["overlap"], compared),
         f"Share of the SFT's energy ({letters[0]}) inside the adapter's subspaces, in multiples of rank / dimension, by "
-        f"layer and module; mean over {len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}. Grey: the middle 95 % of "
-        f"{values.overlap_draws} random changes per matrix.",
+        f"layer and module; mean over {len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}. Grey: the middle "
+        f"95 % of {values.overlap_draws} random changes per matrix.",
     )
 )
 
