@@ -62,16 +62,19 @@ class Sampler:
     ) -> None:
         import torch
 
+        from persona_coupling import kernels
+
         self.weights = weights.detached() if capture else weights
         self.places, self.length, self.capture = places, length, capture
         self.sampling, self.stop, self.marker_length = sampling, stop, len(marker)
         device, answer = weights.device, sampling.max_new_tokens
+        self.fused = kernels.fused(weights.embedding)  # attention then finds out by itself how far to read
         self.marker = torch.tensor(marker or [0], device=device)
         shape = (len(weights.layers), places, weights.groups, length, weights.head)
         # zeros: what is masked is multiplied by a weight of 0, and 0 times garbage may be NaN
         self.keys = torch.zeros(shape, dtype=weights.dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        self.logprobs = torch.zeros(places, len(weights.readout), device=device)  # of the next token, at temperature 1
+        self.logits = torch.zeros(places, len(weights.readout), dtype=weights.dtype, device=device)
         # per row; the last row is nobody's, and so is the last column of what is written token by token
         self.state = torch.zeros(places + 1, 8, dtype=torch.long, device=device)
         self.uniforms = torch.zeros(places + 1, answer, dtype=torch.float64, device=device)
@@ -91,17 +94,15 @@ class Sampler:
         import torch
 
         state = self.state[self.order[:count]]
-        slots, pads = state[:, SLOT], state[:, PAD]
-        at = torch.arange(reach, device=slots.device)
-        hidden = (at > slots[:, None]) | (at < pads[:, None])
-        mask = torch.zeros(hidden.shape, dtype=self.weights.dtype, device=slots.device)
-        mask.masked_fill_(hidden, float("-inf"))
-        logits = self.weights.step(
-            state[:, TOKEN], slots - pads, slots, mask[:, None, None], self.keys, self.values
-        )
-        logprobs = logits.log_softmax(-1, dtype=torch.float32)
-        self.logprobs[:count] = logprobs
-        token, decided = narrow_draw(logprobs, self._uniform(state, count), self.sampling)
+        slots, pads, mask = state[:, SLOT].contiguous(), state[:, PAD].contiguous(), None
+        if not self.fused:
+            at = torch.arange(reach, device=slots.device)
+            hidden = (at > slots[:, None]) | (at < pads[:, None])
+            mask = torch.zeros(hidden.shape, dtype=self.weights.dtype, device=slots.device)
+            mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
+        logits = self.weights.step(state[:, TOKEN], slots, pads, mask, self.keys, self.values)
+        self.logits[:count] = logits
+        token, decided = narrow_draw(logits, self._uniform(state, count), self.sampling)
         answering = (state[:, ACTIVE] == 1) & (state[:, FORCED] < 0)
         self.advance(count, token, answering & ~decided)
 
@@ -113,8 +114,11 @@ class Sampler:
         """Move every row that is active and not held by the token drawn from its logits, as `generate.sample` does."""
         import torch
 
+        from persona_coupling import kernels
+
         rows, longest, marker = self.order[:count], self.sampling.max_new_tokens, self.marker
-        logprobs, state = self.logprobs[:count], self.state[rows]
+        logits, state = self.logits[:count], self.state[rows]
+        norm = kernels.norms(logits)
         live = (state[:, ACTIVE] == 1) & ~held
         forced, written = state[:, FORCED], state[:, COUNT]
         answering = live & (forced < 0)
@@ -122,7 +126,7 @@ class Sampler:
         writes = answering & ~stops
         at = torch.where(writes, written, longest)
         self.tokens[rows, at] = token
-        self.scores[rows, at] = logprobs.gather(-1, token[:, None])[:, 0]
+        self.scores[rows, at] = logits.gather(-1, token[:, None])[:, 0].float() - norm
         written = written + writes
         ends = stops | (writes & (written == longest))
         following, done = token, ends
@@ -132,7 +136,7 @@ class Sampler:
             starts = ends & ~ended_so
             forcing = (stops & starts) | (live & (forced >= 0))  # after a cut-off the answer's last token is read first
             index = forced.clamp(0, self.marker_length - 1)
-            chosen = logprobs.gather(-1, marker[index][:, None])[:, 0]
+            chosen = logits.gather(-1, marker[index][:, None])[:, 0].float() - norm
             self.forced[rows, torch.where(forcing, index, self.marker_length)] = chosen
             following = torch.where(forcing, marker[index], token)
             forced = torch.where(forcing, index + 1, torch.where(starts, 0, forced))
@@ -187,7 +191,7 @@ class Sampler:
         state = self.state[rows]
         held = state[:, HELD] == 1
         token = state[:, TOKEN].clone()
-        token[held] = generate.draw(self.logprobs[:count][held], self._uniform(state, count)[held], self.sampling)
+        token[held] = generate.draw(self.logits[:count][held].float(), self._uniform(state, count)[held], self.sampling)
         self.advance(count, token, ~held)
         self.state[rows, HELD] = 0
 
@@ -215,12 +219,12 @@ class Sampler:
         self.state[:rows, SLOT] = width - 1
         self.state[:rows, PAD] = width - read.mask.sum(1)
         self.uniforms[:rows] = torch.from_numpy(uniforms).to(device)
-        self.logprobs[:rows] = read.logits.log_softmax(-1)
+        self.logits[:rows] = read.logits
         first = generate.draw(read.logits, self.uniforms[:rows, 0], self.sampling)
         padded = torch.zeros(count, dtype=torch.long, device=device)
         padded[:rows] = first
         self.advance(count, padded, torch.zeros(count, dtype=torch.bool, device=device))
-        steps, stride = 0, STRIDE if self.capture else 1
+        steps, stride = 0, self.length if self.fused else STRIDE if self.capture else 1
         while True:
             report(min(steps, total - 1) / total)
             active, held = self.waiting.tolist()
@@ -253,19 +257,19 @@ class Sampler:
 
 
 def narrow_draw(
-    logprobs: torch.Tensor, uniform: torch.Tensor, sampling: Sampling
+    logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token per row from the nucleus of `logprobs` (rows, vocabulary), fp32, at `uniform` (rows,), and whether the
-    most probable candidates alone decide it (where not, the token is to be ignored)."""
+    """One token per row from the nucleus of `logits` (rows, vocabulary) at `uniform` (rows,), and whether the most
+    probable candidates alone decide it (where not, the token is to be ignored)."""
     import torch
 
-    k = min(generate.NUCLEUS_CANDIDATES, logprobs.shape[-1])
-    top, ids = logprobs.topk(k, dim=-1)
-    if sampling.temperature != 1:
-        top = top / sampling.temperature - (logprobs / sampling.temperature).logsumexp(-1, keepdim=True)
-    probabilities = top.exp().double()
+    from persona_coupling import kernels
+
+    k, coldness = min(generate.NUCLEUS_CANDIDATES, logits.shape[-1]), 1 / sampling.temperature
+    top, ids = logits.topk(k, dim=-1)
+    probabilities = (top.float() * coldness - kernels.norms(logits, coldness)[:, None]).exp().double()
     cumulative = probabilities.cumsum(-1)
-    whole = k == logprobs.shape[-1]
+    whole = k == logits.shape[-1]
     size = (cumulative < sampling.top_p).sum(-1, keepdim=True).clamp(max=k - 1)
     mass = cumulative.gather(-1, size)
     if whole:

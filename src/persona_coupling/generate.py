@@ -103,13 +103,13 @@ def continuation_logprobs(
     pairs = zip(read.rows.tolist(), continuations, strict=True)
     back = [place.setdefault((row, *continuation), len(place)) for row, continuation in pairs]
     texts = [list(key[1:]) for key in place]
-    first = torch.tensor([back.index(i) for i in range(len(place))], device=device)
+    first = torch.tensor(np.unique(back, return_index=True)[1], device=device)
     width = max(map(len, texts))
     ids = torch.tensor([t + [0] * (width - len(t)) for t in texts], device=device)
     mask = torch.tensor([[1] * len(t) + [0] * (width - len(t)) for t in texts], device=device)
     start = read.mask[first].sum(1, keepdim=True)
     cache = copy.deepcopy(read.cache)
-    if len(place) != cache.layers[0].keys.shape[0] or not torch.equal(read.rows[first], torch.arange(len(place), device=device)):
+    if [key[0] for key in place] != list(range(cache.layers[0].keys.shape[0])):
         cache.batch_select_indices(read.rows[first])
     with torch.inference_mode():
         hidden = model.base_model(
@@ -129,11 +129,13 @@ def _chosen(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor)
     """Log-probability, double, of each target (positions,) under the head at its hidden state (positions, width)."""
     import torch
 
+    from persona_coupling import kernels
+
     head, step = model.get_output_embeddings(), HEAD_POSITIONS[model.device.type == "cuda"]
     parts = []
     for some, wanted in zip(hidden.split(step), targets.split(step), strict=True):
-        logprobs = head(some).log_softmax(-1, dtype=torch.float32)
-        parts.append(logprobs.gather(-1, wanted[:, None])[:, 0].double())
+        logits = head(some)
+        parts.append(logits.gather(-1, wanted[:, None])[:, 0].double() - kernels.norms(logits).double())
     return torch.cat(parts)
 
 

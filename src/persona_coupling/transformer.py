@@ -125,10 +125,10 @@ class Transformer:
         return twin
 
     def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and signed sines, shape (*positions, 1, head); see `_rotate`."""
+        """Cosines and signed sines, shape (positions, head); see `kernels.rotate`."""
         import torch
 
-        angles = positions[..., None, None].float() * self.frequencies
+        angles = positions[:, None].float() * self.frequencies
         cosine, sine = angles.cos() * self.stretch, angles.sin() * self.stretch
         return torch.cat([cosine, cosine], -1).to(self.dtype), torch.cat([-sine, sine], -1).to(self.dtype)
 
@@ -138,11 +138,17 @@ class Transformer:
         import torch
         from torch.nn import functional
 
+        from persona_coupling import kernels
+
         rows, length = ids.shape
         rotation = self.rotation(torch.arange(length, device=ids.device))
         hidden = functional.embedding(ids.reshape(-1), self.embedding)
         for layer in self.layers:
-            queries, keys, values = self._project(layer, hidden, (rows, length), rotation)
+            heads = self._project(layer, hidden)
+            kernels.rotate(heads, *rotation, self.heads + self.groups)
+            queries, keys, values = heads.view(rows, length, -1, self.head).split(
+                [self.heads, self.groups, self.groups], 2
+            )
             if ids.device.type == "cpu":  # its fused kernel wants a key per head
                 keys, values = (x.repeat_interleave(self.heads // self.groups, 2) for x in (keys, values))
             mixed = functional.scaled_dot_product_attention(
@@ -158,77 +164,55 @@ class Transformer:
     def step(
         self,
         tokens: torch.Tensor,
-        positions: torch.Tensor,
         slots: torch.Tensor,
-        mask: torch.Tensor,
+        pads: torch.Tensor,
+        mask: torch.Tensor | None,
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> torch.Tensor:
         """Logits behind one more token per row, shape (rows, vocabulary), in the weights' format.
 
-        `tokens`, `positions` and `slots` (where in the cache the token goes) have shape (rows,); `mask`, shape (rows,
-        1, 1, reach), is added to attention scores; `keys` and `values` are caches of shape (layers, places, groups,
-        length, head) with at least as many places as rows, of which the first `reach` positions are read. Writes one
-        key and value per row and group.
+        `tokens`, `slots` (where in the cache the token goes) and `pads` (where the row begins there) have shape (rows,);
+        `keys` and `values` are caches of shape (layers, places, groups, length, head) with at least as many places as
+        rows; `mask` is as in `kernels.attend`. Writes one key and value per row and group.
         """
-        import torch
         from torch.nn import functional
 
-        count, reach = len(tokens), mask.shape[-1]
-        rotation = self.rotation(positions)
-        place = torch.arange(count, device=tokens.device)[:, None]
-        group = torch.arange(self.groups, device=tokens.device)
-        mask = mask.expand(-1, self.groups, self.heads // self.groups, -1)
+        from persona_coupling import kernels
+
+        rotation = self.rotation(slots - pads)
         hidden = functional.embedding(tokens, self.embedding)
-        for number, layer in enumerate(self.layers):
-            query, key, value = self._project(layer, hidden, (count,), rotation)
-            keys[number][place, group, slots[:, None]] = key
-            values[number][place, group, slots[:, None]] = value
-            mixed = functional.scaled_dot_product_attention(
-                query.view(count, self.groups, -1, self.head),
-                keys[number][:count, :, :reach],
-                values[number][:count, :, :reach],
-                attn_mask=mask,
+        for layer, key, value in zip(self.layers, keys, values, strict=True):
+            heads = self._project(layer, hidden)
+            kernels.rotate(heads, *rotation, self.heads + self.groups, (key, value, slots, self.groups))
+            hidden = self._finish(
+                layer, hidden, kernels.attend(heads[:, : self.heads], key, value, slots, pads, mask)
             )
-            hidden = self._finish(layer, hidden, mixed.reshape(count, -1))
         hidden = functional.rms_norm(hidden, self.norm.shape, self.norm, self.epsilon)
         return functional.linear(hidden, self.readout)
 
-    def _project(
-        self,
-        layer: Layer,
-        hidden: torch.Tensor,
-        shape: tuple[int, ...],
-        rotation: tuple[torch.Tensor, torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotated queries and keys, and values, each of shape (*shape, heads or groups, head)."""
+    def _project(self, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values of each token, not yet rotated, shape (tokens, heads of all three, head)."""
         from torch.nn import functional
 
         normed = functional.rms_norm(hidden, layer.attention_norm.shape, layer.attention_norm, self.epsilon)
-        heads = functional.linear(normed, layer.qkv, layer.qkv_bias).view(*shape, -1, self.head)
-        turning, values = heads.split([self.heads + self.groups, self.groups], -2)
-        queries, keys = _rotate(turning, *rotation).split([self.heads, self.groups], -2)
-        return queries, keys, values
+        return functional.linear(normed, layer.qkv, layer.qkv_bias).view(len(hidden), -1, self.head)
 
     def _finish(self, layer: Layer, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """The layer behind its attention; `hidden` (tokens, width) is written over."""
         from torch.nn import functional
 
+        from persona_coupling import kernels
+
         hidden = hidden.addmm_(mixed, layer.out.T)
         if layer.out_bias is not None:
             hidden += layer.out_bias
         normed = functional.rms_norm(hidden, layer.mlp_norm.shape, layer.mlp_norm, self.epsilon)
-        gate, up = functional.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
-        hidden = hidden.addmm_(functional.silu(gate).mul_(up), layer.down.T)
+        both = functional.linear(normed, layer.gate_up, layer.gate_up_bias)
+        hidden = hidden.addmm_(kernels.gated(both), layer.down.T)
         if layer.down_bias is not None:
             hidden += layer.down_bias
         return hidden
-
-
-def _rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding (Su et al. 2021, arXiv:2104.09864) of half-split pairs: swapping the halves is a roll, and the
-    sign that it lacks is in the sine."""
-    return (heads * cosine).addcmul_(heads.roll(heads.shape[-1] // 2, -1), sine)
 
 
 def _stacked(*parts: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:

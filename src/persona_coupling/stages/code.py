@@ -7,7 +7,7 @@ from persona_coupling import models
 TEXT = ("personas.toml", "questions.toml")
 SAYING = ("persona_coupling.personas", "persona_coupling.questions", "persona_coupling.rows")
 MODEL = ("persona_coupling.checkpoints", "persona_coupling.adapters", *models.CODE)
-SPEAKING = ("persona_coupling.generate", "persona_coupling.decode", "persona_coupling.transformer")
+SPEAKING = tuple(f"persona_coupling.{name}" for name in ("generate", "decode", "transformer", "kernels"))
 ASKING = ("persona_coupling.measure", *SPEAKING, *MODEL, *SAYING)
 COMPOSING = ("persona_coupling.corpora", "persona_coupling.rows")
 
