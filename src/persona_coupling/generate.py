@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -66,27 +66,46 @@ class Prefill:
 
 
 def prefill(model: PreTrainedModel, prompts: list[list[int]], pad: int) -> Prefill:
-    """Read left-padded prompts."""
+    """Read prompts; the cache has them left-padded."""
     import torch
     from transformers import DynamicCache
 
-    width = max(map(len, prompts))
+    from persona_coupling import transformer
+
+    width, device = max(map(len, prompts)), model.device
     place: dict[tuple[int, ...], int] = {}
-    rows = torch.tensor([place.setdefault(tuple(p), len(place)) for p in prompts], device=model.device)
-    ids = torch.tensor([[pad] * (width - len(p)) + [*p] for p in place], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in place], device=model.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    rows = torch.tensor([place.setdefault(tuple(p), len(place)) for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in place], device=device)
+    at = torch.arange(width, device=device) - (width - lengths[:, None])  # each cache position's place in its prompt
+    mask, at = (at >= 0).long(), at.clamp(min=0)
+    ids = torch.from_numpy(_padded(list(place), pad)).to(device)
     cache = DynamicCache(config=model.config)
+    each = torch.arange(len(place), device=device)
     with torch.inference_mode():
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-    return Prefill(cache, mask[rows], out.logits[:, -1].float()[rows], rows)
+        if transformer.supports(model):
+            hidden = transformer.Transformer(model).states(
+                ids,
+                lambda layer, *both: cache.update(*(x[each[:, None], at].transpose(1, 2) for x in both), layer),
+            )
+            logits = model.get_output_embeddings()(hidden[each, lengths - 1])
+        else:
+            logits = model(
+                input_ids=torch.where(mask == 1, ids[each[:, None], at], pad),
+                attention_mask=mask,
+                position_ids=at,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+    return Prefill(cache, mask[rows], logits.float()[rows], rows)
+
+
+def _padded(texts: Sequence[Sequence[int]], pad: int) -> np.ndarray:
+    """Token ids, right-padded, shape (rows, length)."""
+    lengths = np.array([len(text) for text in texts])
+    ids = np.full((len(texts), lengths.max()), pad)
+    ids[np.arange(lengths.max()) < lengths[:, None]] = np.concatenate([np.asarray(text) for text in texts])
+    return ids
 
 
 def continuation_logprobs(
@@ -275,24 +294,26 @@ def sequence_logprobs(
 
     from persona_coupling import machine, transformer
 
-    device, lengths = model.device, [len(a) for a in answers]
+    device, lengths = model.device, np.array([len(a) for a in answers])
     sequences = [p + a for p, a in zip(prompts, answers, strict=True)]
-    result = np.full(len(prompts), np.nan)
     plain = transformer.Transformer(model) if transformer.supports(model) else None
+    read: list[tuple[list[int], np.ndarray, torch.Tensor]] = []
     for chunk in _chunks([len(s) for s in sequences], batch, machine.machine(str(device)).score_tokens):
-        width = max(len(sequences[i]) for i in chunk)
-        ids = torch.tensor([sequences[i] + [0] * (width - len(sequences[i])) for i in chunk], device=device)
-        rows = np.repeat(np.arange(len(chunk)), [lengths[i] for i in chunk])
+        ids = torch.from_numpy(_padded([sequences[i] for i in chunk], 0)).to(device)
+        rows = np.repeat(np.arange(len(chunk)), lengths[chunk])
         columns = np.concatenate([np.arange(len(prompts[i]), len(sequences[i])) for i in chunk])
-        at = torch.tensor(np.stack([rows, columns]), device=device)
+        row, column = torch.from_numpy(np.stack([rows, columns])).to(device)
         with torch.inference_mode():
             if plain is None:
-                mask = torch.tensor([[1] * n + [0] * (width - n) for n in (len(sequences[i]) for i in chunk)], device=device)
+                ends = torch.tensor([len(sequences[i]) for i in chunk], device=device)
+                mask = (torch.arange(ids.shape[1], device=device) < ends[:, None]).long()
                 hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             else:
                 hidden = plain.states(ids)
-            chosen = _chosen(model, hidden[at[0], at[1] - 1], ids[at[0], at[1]]).cpu().numpy()
-        result[chunk] = np.bincount(rows, chosen, len(chunk)) / np.bincount(rows, minlength=len(chunk))
+            read.append((chunk, rows, _chosen(model, hidden[row, column - 1], ids[row, column])))
+    result = np.full(len(prompts), np.nan)
+    for chunk, rows, chosen in read:  # only now: the host prepares a batch while the device reads the one before
+        result[chunk] = np.bincount(rows, chosen.cpu().numpy(), len(chunk)) / lengths[chunk]
     return result
 
 

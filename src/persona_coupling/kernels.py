@@ -9,7 +9,7 @@ Triton comes with torch's CUDA builds; where it is missing, torch's operations s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
@@ -112,14 +112,14 @@ def attend(
     return out
 
 
-if triton is not None:
+if triton is not None:  # untyped: the compiler looks annotations up, and knows only its own
 
     @triton.jit
     def _rotate(
-        heads: Any, cosine: Any, sine: Any, keys: Any, values: Any, slots: Any, positions: Any, length: Any,
+        heads, cosine, sine, keys, values, slots, positions, length,
         HEADS: tl.constexpr, TURNING: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, WRITE: tl.constexpr,
         PADDED: tl.constexpr,
-    ):  # fmt: skip
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
         token = tl.program_id(0).to(tl.int64)
         head = tl.arange(0, PADDED)[:, None]
         at = tl.arange(0, HALF)[None, :]
@@ -147,7 +147,7 @@ if triton is not None:
             tl.store(values + place + HALF, two.to(heads.dtype.element_ty), mask=is_value)
 
     @triton.jit
-    def _gated(both: Any, out: Any, width: Any, BLOCK: tl.constexpr):
+    def _gated(both, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         row = tl.program_id(0).to(tl.int64)
         at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = at < width
@@ -156,7 +156,7 @@ if triton is not None:
         tl.store(out + row * width + at, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _norms(logits: Any, out: Any, vocabulary: Any, scale: Any, BLOCK: tl.constexpr):
+    def _norms(logits, out, vocabulary, scale, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         row = tl.program_id(0).to(tl.int64)
         highest = tl.full([BLOCK], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
@@ -174,9 +174,9 @@ if triton is not None:
 
     @triton.jit
     def _attend(
-        queries: Any, keys: Any, values: Any, slots: Any, pads: Any, out: Any, stride: Any, length: Any, scale: Any,
+        queries, keys, values, slots, pads, out, stride, length, scale,
         GROUPS: tl.constexpr, SHARED: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         group = tl.program_id(1)
         slot = tl.load(slots + row)

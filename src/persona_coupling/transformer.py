@@ -12,6 +12,7 @@ module that is never called would be passed over in silence. Everything else tak
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -132,9 +133,12 @@ class Transformer:
         cosine, sine = angles.cos() * self.stretch, angles.sin() * self.stretch
         return torch.cat([cosine, cosine], -1).to(self.dtype), torch.cat([-sine, sine], -1).to(self.dtype)
 
-    def states(self, ids: torch.Tensor) -> torch.Tensor:
+    def states(
+        self, ids: torch.Tensor, keep: Callable[[int, torch.Tensor, torch.Tensor], object] | None = None
+    ) -> torch.Tensor:
         """Normalised last hidden states of right-padded sequences, shape (rows, length, width). No mask is needed: a
-        token sees only what stands before it, and padding stands behind."""
+        token sees only what stands before it, and padding stands behind. `keep` is called with each layer's number,
+        keys and values, of shape (rows, length, groups, head)."""
         import torch
         from torch.nn import functional
 
@@ -143,12 +147,14 @@ class Transformer:
         rows, length = ids.shape
         rotation = self.rotation(torch.arange(length, device=ids.device))
         hidden = functional.embedding(ids.reshape(-1), self.embedding)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             heads = self._project(layer, hidden)
             kernels.rotate(heads, *rotation, self.heads + self.groups)
             queries, keys, values = heads.view(rows, length, -1, self.head).split(
                 [self.heads, self.groups, self.groups], 2
             )
+            if keep is not None:
+                keep(number, keys, values)
             if ids.device.type == "cpu":  # its fused kernel wants a key per head
                 keys, values = (x.repeat_interleave(self.heads // self.groups, 2) for x in (keys, values))
             mixed = functional.scaled_dot_product_attention(
