@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PROMPTS, NEW_TOKENS = 1_232, 128
 SCORED = 4_096  # sequences
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 49_152,
     "hidden_size": 576,
     "intermediate_size": 1_536,
@@ -62,7 +62,9 @@ def random_model(*, dtype: torch.dtype, device: str, attention: str, seed: int =
 def random_texts(count: int, shortest: int, longest: int, *, seed: int) -> list[list[int]]:
     """Random token ids of random lengths."""
     generator = np.random.default_rng(seed)
-    return [generator.integers(3, SHAPE["vocab_size"], n).tolist() for n in generator.integers(shortest, longest, count)]
+    return [
+        generator.integers(3, SHAPE["vocab_size"], n).tolist() for n in generator.integers(shortest, longest, count)
+    ]
 
 
 def run(*, repeats: int, random_weights: bool = False) -> dict[str, dict[str, Any]]:

@@ -62,15 +62,15 @@ class Checkpoint:
         return self.merged[-1].change
 
     def load(self, lab: Lab) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Weights merged in fp32, then cast to the machine's format, on its device."""
+        """Weights merged in fp32 on the machine's device, then cast to its format."""
         import torch
 
         from persona_coupling import adapters
 
         settings = machine.machine(lab.device)
         tokenizer = models.load_tokenizer(self.source, lab)
-        model = models.load_raw(self.source, lab, dtype=torch.float32, attention=settings.attention)
+        model = models.load_fp32(self.source, lab, device=settings.device, attention=settings.attention)
         for merged in self.merged:
             change = adapters.read_change(lab.folder(merged.change))
             adapters.add(model, adapters.restrict(change, merged.layers, merged.modules, merged.scale))
-        return model.to(dtype=getattr(torch, settings.dtype_name)).to(settings.device), tokenizer
+        return model.to(dtype=getattr(torch, settings.dtype_name)), tokenizer

@@ -256,9 +256,7 @@ class Sampler:
         return made
 
 
-def narrow_draw(
-    logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling
-) -> tuple[torch.Tensor, torch.Tensor]:
+def narrow_draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """One token per row from the nucleus of `logits` (rows, vocabulary) at `uniform` (rows,), and whether the most
     probable candidates alone decide it (where not, the token is to be ignored)."""
     import torch
@@ -280,10 +278,7 @@ def narrow_draw(
         high = torch.where(narrow, mass, (sampling.top_p + probabilities[:, -1:]).clamp(max=1) + SLACK)
     targets = uniform.double()[:, None] * torch.cat([low, high], -1)
     positions = torch.searchsorted(cumulative, targets, right=True)
-    if whole:
-        positions = positions.minimum(size)
-    else:
-        positions = torch.where(narrow, positions.minimum(size), positions)
+    positions = positions.minimum(size) if whole else torch.where(narrow, positions.minimum(size), positions)
     token = ids.gather(-1, positions[:, :1].clamp(max=k - 1))[:, 0]
     return token, (positions[:, 0] == positions[:, 1]) & (positions[:, 1] < k)
 

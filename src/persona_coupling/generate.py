@@ -206,10 +206,10 @@ def sample(
 
     device = model.device
     streams = np.stack([uniforms(seed, label, sampling.max_new_tokens) for label in labels])
-    settings = {"sampling": sampling, "stop": stop, "marker": marker, "report": report}
-    made = decode.sample(model, read, streams, **settings) if sampling.max_new_tokens else None
-    if made is not None:
-        return made
+    if sampling.max_new_tokens:
+        made = decode.sample(model, read, streams, sampling=sampling, stop=stop, marker=marker, report=report)
+        if made is not None:
+            return made
     table = torch.tensor(streams, device=device)
     completions = [Completion() for _ in labels]
     logprobs: list[list[float]] = [[] for _ in labels]  # of sampled tokens, then reused for forced ones

@@ -83,9 +83,7 @@ def norms(logits: Tensor, scale: float = 1.0) -> Tensor:
     return out
 
 
-def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor, pads: Tensor, mask: Tensor | None
-) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor, pads: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of one query per row and head over the row's cache, shape (rows, heads x head).
 
     `queries` (rows, heads, head) may be strided; caches have shape (rows or more, groups, length, head); a row sees
@@ -115,11 +113,11 @@ def attend(
 if triton is not None:  # untyped: the compiler looks annotations up, and knows only its own
 
     @triton.jit
-    def _rotate(
+    def _rotate(  # type: ignore[no-untyped-def]
         heads, cosine, sine, keys, values, slots, positions, length,
         HEADS: tl.constexpr, TURNING: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, WRITE: tl.constexpr,
         PADDED: tl.constexpr,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
+    ):  # fmt: skip
         token = tl.program_id(0).to(tl.int64)
         head = tl.arange(0, PADDED)[:, None]
         at = tl.arange(0, HALF)[None, :]
@@ -173,10 +171,10 @@ if triton is not None:  # untyped: the compiler looks annotations up, and knows 
         tl.store(out + row, tl.log(tl.sum(total * tl.exp(highest - top), 0)) + top)
 
     @triton.jit
-    def _attend(
+    def _attend(  # type: ignore[no-untyped-def]
         queries, keys, values, slots, pads, out, stride, length, scale,
         GROUPS: tl.constexpr, SHARED: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
+    ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         group = tl.program_id(1)
         slot = tl.load(slots + row)

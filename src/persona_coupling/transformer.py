@@ -191,9 +191,7 @@ class Transformer:
         for layer, key, value in zip(self.layers, keys, values, strict=True):
             heads = self._project(layer, hidden)
             kernels.rotate(heads, *rotation, self.heads + self.groups, (key, value, slots, self.groups))
-            hidden = self._finish(
-                layer, hidden, kernels.attend(heads[:, : self.heads], key, value, slots, pads, mask)
-            )
+            hidden = self._finish(layer, hidden, kernels.attend(heads[:, : self.heads], key, value, slots, pads, mask))
         hidden = functional.rms_norm(hidden, self.norm.shape, self.norm, self.epsilon)
         return functional.linear(hidden, self.readout)
 
@@ -231,4 +229,6 @@ def _stacked(*parts: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None
     weight = torch.cat([part.weight for part in parts])
     if all(part.bias is None for part in parts):
         return weight, None
-    return weight, torch.cat([part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts])
+    return weight, torch.cat(
+        [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
+    )
