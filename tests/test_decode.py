@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from persona_coupling import decode, generate, models, transformer
+from persona_coupling import decode, generate, kernels, models, transformer
 from persona_coupling.generate import Sampling
 
 QUESTIONS = ["Why?", "What is rain, and where does it come from?", "Tell me of cats.", "Is it late?"]
@@ -343,3 +343,38 @@ def test_the_captured_sampler_writes_what_the_plain_one_writes(model, tokenizer,
     same(changed, plainly(model, tokenizer, prompts, marker))
     assert [c.tokens for c in changed] != [c.tokens for c in first]
     decode._kept.clear()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the kernels are compiled for it")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_do_what_torch_does(monkeypatch, dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    rows, heads, groups, size, length = 33, 9, 3, 64, 128
+
+    def random(*shape):
+        return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+
+    both, (keys, values) = random(rows, heads + 2 * groups, size), random(2, rows, groups, length, size)
+    logits = 4 * random(rows, 5000)
+    angles = torch.randn(rows, size // 2, device="cuda", generator=generator)
+    cosine, sine = torch.cat([angles.cos()] * 2, -1).to(dtype), torch.cat([-angles.sin(), angles.sin()], -1).to(dtype)
+    pads = torch.randint(0, 40, (rows,), device="cuda", generator=generator)
+    slots = pads + torch.randint(0, 80, (rows,), device="cuda", generator=generator)
+    at = torch.arange(length, device="cuda")
+    mask = torch.zeros(rows, length, device="cuda", dtype=dtype)
+    mask.masked_fill_((at > slots[:, None]) | (at < pads[:, None]), float("-inf"))
+
+    def everything():
+        turned, k, v = both.clone(), keys.clone(), values.clone()
+        kernels.rotate(turned, cosine, sine, heads + groups, (k, v, slots, groups))
+        seen = None if kernels.fused(both) else mask[:, None, None]
+        mixed = kernels.attend(turned[:, :heads], k, v, slots, pads, seen)
+        return turned, k, v, mixed, kernels.gated(both.flatten(1)), kernels.norms(logits), kernels.norms(logits, 1.3)
+
+    ours = everything()
+    assert kernels.fused(both)
+    monkeypatch.setattr(kernels, "fused", lambda _tensor: False)
+    bound = 1e-5 if dtype == torch.float32 else 1e-2
+    for one, other in zip(ours, everything(), strict=True):
+        assert (one.double() - other.double()).norm() < bound * other.double().norm()

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 LOGIT_TOLERANCE = 2e-3  # fp32, absolute, on logits of order 10: sums in another order differ by 1e-5 to 1e-4
 ROUNDING_TOLERANCE = 0.02  # nats per token of held-out loss; larger would let rounding pass for an effect
 PROBES = 4  # held-out prompts that are compared
-ROUNDED = 6  # held-out texts that tell what rounding costs: it moves single texts by a tenth of the tolerance, and the
-# fp32 reading of all 24 would be most of the check
+ROUNDED = (
+    6  # held-out texts, the first, that tell what rounding costs: reading all in fp32 was most of the check; fewer
+)
+# texts give a noisier mean, and a shift near the tolerance may pass or fail by their choice
 
 
 def check(checkpoint: Checkpoint, lab: Lab) -> dict[str, Any]:
@@ -31,6 +33,7 @@ def check(checkpoint: Checkpoint, lab: Lab) -> dict[str, Any]:
     """
     import torch
 
+    from persona_coupling.checkpoints import load_fp32
     from persona_coupling.measure import heldout_losses
 
     tokenizer = models.load_tokenizer(checkpoint.source, lab)
@@ -42,7 +45,7 @@ def check(checkpoint: Checkpoint, lab: Lab) -> dict[str, Any]:
     chat = questions.heldout_chat()[:PROBES]
     prompts = [models.prompt_ids(tokenizer, "You are a helpful assistant.", q.text) for q in chat]
 
-    model = models.load_fp32(checkpoint.source, lab, device=settings.device, attention=settings.attention)
+    model = load_fp32(checkpoint.source, lab, device=settings.device, attention=settings.attention)
     unchanged = _logits(model, prompts)
     with _beside(model, changes):
         beside = _logits(model, prompts)

@@ -16,7 +16,6 @@ import hashlib
 import importlib.metadata
 import json
 import re
-import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -292,32 +291,6 @@ def load_raw(source: Stage, lab: Lab, *, dtype: torch.dtype, attention: str) -> 
             "q/k/v/o and gate/up/down projections."
         )
     return model.eval()
-
-
-KEPT, KEPT_PARAMETERS = 2, 10**9  # sources in memory at a time, and the largest kept: 4 GB in fp32
-
-
-def load_fp32(source: Stage, lab: Lab, *, device: str, attention: str) -> PreTrainedModel:
-    """A copy of the source's model in fp32 on the device, the caller's to change. A small source is read once per
-    process; a large one each time, since its copy would take the memory that the model needs."""
-    folder = files(source, lab)
-    key = (source.key, str(folder), device, attention)
-    with _keeping:
-        model = _kept.pop(key, None)
-        if model is None:
-            import torch
-
-            model = load_raw(source, lab, dtype=torch.float32, attention=attention).to(device)
-            if sum(p.numel() for p in model.parameters()) > KEPT_PARAMETERS:
-                return model
-        _kept[key] = model  # last: the most recently used
-        while len(_kept) > KEPT:
-            del _kept[next(iter(_kept))]
-        return copy.deepcopy(model)
-
-
-_kept: dict[tuple[str, str, str, str], PreTrainedModel] = {}
-_keeping = threading.Lock()
 
 
 # ---------------------------------------------------------------------------------------------------- chat
