@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from persona_coupling import adapters, merging, models
+from persona_coupling import adapters, checkpoints, merging, models
 from persona_coupling.adapters import LowRank
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError
@@ -128,6 +128,31 @@ def test_a_merge_is_rounded_once_and_last(tiny, planted, lab, monkeypatch):
     rounded = Checkpoint(tiny).merge(planted(tiny)).load(lab)[0].state_dict()
     for name, weight in exact.items():
         assert torch.equal(rounded[name], weight.to(torch.bfloat16))
+
+
+def test_a_source_is_read_once_and_never_changed(tiny, planted, lab, monkeypatch):
+    """Loaded models are copies: what a caller does to one is not in the next."""
+    checkpoints._kept.clear()
+    reads = []
+    load_raw = models.load_raw
+    monkeypatch.setattr(models, "load_raw", lambda *a, **k: (reads.append(a), load_raw(*a, **k))[1])
+    merged = Checkpoint(tiny).merge(planted(tiny)).load(lab)[0].state_dict()
+    model = Checkpoint(tiny).load(lab)[0]
+    assert len(reads) == 1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for name, weight in Checkpoint(tiny).merge(planted(tiny)).load(lab)[0].state_dict().items():
+        assert torch.equal(weight, merged[name])
+    fresh = load_raw(tiny, lab, dtype=torch.float32, attention="eager").state_dict()
+    for name, weight in Checkpoint(tiny).load(lab)[0].state_dict().items():
+        assert torch.equal(weight, fresh[name])
+    assert len(reads) == 1
+    monkeypatch.setattr(checkpoints, "KEPT_PARAMETERS", 10)
+    checkpoints._kept.clear()
+    for _ in range(2):
+        Checkpoint(tiny).load(lab)
+    assert len(reads) == 3
 
 
 def test_the_raw_model_has_no_change_to_take(tiny, planted):

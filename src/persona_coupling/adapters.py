@@ -38,6 +38,10 @@ class LowRank:
         """The change of the weight, shape (out, in)."""
         return self.b @ self.a
 
+    def to(self, device: torch.device) -> LowRank:
+        """The same on a device."""
+        return LowRank(self.a.to(device), self.b.to(device))
+
     def squared_norm(self) -> float:
         """Squared Frobenius norm, without forming the product: tr(BᵀB · A Aᵀ)."""
         return float(((self.b.T @ self.b) * (self.a @ self.a.T)).sum())
@@ -122,18 +126,19 @@ def add(model: torch.nn.Module, change: Change) -> None:
     import torch
 
     parameters = dict(model.named_parameters())
-    norm = 0.0
+    changed = torch.zeros((), dtype=torch.bool)
     with torch.no_grad():
         for name, part in change.items():
             weight = parameters.get(name if name in parameters else f"{name}.weight")
             if weight is None:
                 raise GuardError(f"the model has no module {name}: the change was trained on another architecture")
+            part = part.to(weight.device)
             update = part.dense() if isinstance(part, LowRank) else part
             if update.shape != weight.shape:
                 raise GuardError(f"{name}: change of shape {tuple(update.shape)}, weight {tuple(weight.shape)}")
-            norm += float((update.double() ** 2).sum())
+            changed = changed.to(weight.device) | update.any()
             weight += update.to(weight)
-    if norm == 0.0:
+    if not changed:
         raise GuardError("a merge that changed nothing: every update is zero")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from persona_coupling import paths, provenance
+from persona_coupling import bench_sampling, paths, provenance
 from persona_coupling.cli import MALLOC
 from persona_coupling.errors import UserError
 
@@ -52,6 +52,7 @@ def run(*, steps: int) -> None:
         ratio = measured[f"{kind}/ours"]["tokens_per_second"] / measured[f"{kind}/{plain}"]["tokens_per_second"]
         measured[f"{kind}/ratio"] = {"ratio": ratio}
         print(f"  {kind}: {ratio:.2f} times {plain}")
+    measured |= bench_sampling.run(repeats=max(2, steps // 2))
     target = paths.artifacts() / "bench.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     record = {"measured": measured, "steps": steps, "provenance": provenance.record(_device())}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -72,14 +74,40 @@ class Checkpoint:
         return self.merged[-1].change
 
     def load(self, lab: Lab) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Weights merged in fp32, then cast to the machine's format, on its device."""
+        """Weights merged in fp32 on the machine's device, then cast to its format."""
         import torch
 
         from persona_coupling import adapters
 
         settings = machine.machine(lab.device)
         tokenizer = models.load_tokenizer(self.source, lab)
-        model = models.load_raw(self.source, lab, dtype=torch.float32, attention=settings.attention)
+        model = load_fp32(self.source, lab, device=settings.device, attention=settings.attention)
         for merged in self.merged:
             adapters.add(model, merged.read(lab, model.config.num_hidden_layers))
-        return model.to(dtype=getattr(torch, settings.dtype_name)).to(settings.device), tokenizer
+        return model.to(dtype=getattr(torch, settings.dtype_name)), tokenizer
+
+
+KEPT, KEPT_PARAMETERS = 2, 10**9  # sources in memory at a time, and the largest kept: 4 GB in fp32
+
+
+def load_fp32(source: Stage, lab: Lab, *, device: str, attention: str) -> PreTrainedModel:
+    """A copy of the source's model in fp32 on the device, the caller's to change. A small source is read once per
+    process; a large one each time, since its copy would take the memory that the model needs."""
+    folder = models.files(source, lab)
+    key = (source.key, str(folder), device, attention)
+    with _keeping:
+        model = _kept.pop(key, None)
+        if model is None:
+            import torch
+
+            model = models.load_raw(source, lab, dtype=torch.float32, attention=attention).to(device)
+            if sum(p.numel() for p in model.parameters()) > KEPT_PARAMETERS:
+                return model
+        _kept[key] = model  # last: the most recently used
+        while len(_kept) > KEPT:
+            del _kept[next(iter(_kept))]
+        return copy.deepcopy(model)
+
+
+_kept: dict[tuple[str, str, str, str], PreTrainedModel] = {}
+_keeping = threading.Lock()

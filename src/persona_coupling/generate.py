@@ -1,9 +1,12 @@
 """Sampling and teacher forcing on one shared prefill.
 
-Sampling is `generate` without what makes it slow here: prompts are read once and serve both the sampled answer and the
-fixed one, finished rows leave the batch, and a token is drawn by inverse CDF from the nucleus instead of by
-`torch.multinomial` over the vocabulary. Each row has its own stream of uniforms, keyed by seed and row label, so that a
-row's answer does not depend on which rows share its batch (up to rounding).
+Sampling is `generate` without what makes it slow here: prompts are read once (equal ones in one row) and serve both the
+sampled answer and the fixed one, finished rows leave the batch, and a token is drawn by inverse CDF from the nucleus
+instead of by `torch.multinomial` over the vocabulary. Each row has its own stream of uniforms, keyed by seed and row
+label, so that a row's answer does not depend on which rows share its batch (up to rounding).
+
+Plain models (`transformer.supports`) are decoded by `decode` and scored by `transformer`; here stands what any causal
+model of transformers can do, hooks included, and the two agree up to rounding.
 
 When an answer ends, by itself or by the cut-off, the marker is forced behind it token by token: its log-probability at
 the end of the model's own answer costs six more tokens instead of a second reading.
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+HEAD_POSITIONS = (256, 8192)  # CPU, CUDA: positions whose whole vocabulary is in memory at once
 NUCLEUS_CANDIDATES = 512  # rows whose nucleus is wider are sorted in full; more candidates cost time on every step
 
 
@@ -52,33 +56,56 @@ def uniforms(seed: int, label: str, count: int) -> np.ndarray:
 
 @dataclass
 class Prefill:
-    """Prompts that have been read: key-value cache, attention mask (rows, length), logits of the next token."""
+    """Prompts that have been read: key-value cache of the distinct ones, attention mask (rows, length), logits of the
+    next token (rows, vocabulary), and which row of the cache each row has."""
 
     cache: Any
     mask: torch.Tensor
     logits: torch.Tensor
+    rows: torch.Tensor
 
 
 def prefill(model: PreTrainedModel, prompts: list[list[int]], pad: int) -> Prefill:
-    """Read left-padded prompts."""
+    """Read prompts; the cache has them left-padded."""
     import torch
     from transformers import DynamicCache
 
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    from persona_coupling import transformer
+
+    width, device = max(map(len, prompts)), model.device
+    place: dict[tuple[int, ...], int] = {}
+    rows = torch.tensor([place.setdefault(tuple(p), len(place)) for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in place], device=device)
+    at = torch.arange(width, device=device) - (width - lengths[:, None])  # each cache position's place in its prompt
+    mask, at = (at >= 0).long(), at.clamp(min=0)
+    ids = torch.from_numpy(_padded(list(place), pad)).to(device)
     cache = DynamicCache(config=model.config)
+    each = torch.arange(len(place), device=device)
     with torch.inference_mode():
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-    return Prefill(cache, mask, out.logits[:, -1].float())
+        if transformer.supports(model):
+            hidden = transformer.Transformer(model).states(
+                ids,
+                lambda layer, *both: cache.update(*(x[each[:, None], at].transpose(1, 2) for x in both), layer),
+            )
+            logits = model.get_output_embeddings()(hidden[each, lengths - 1])
+        else:
+            logits = model(
+                input_ids=torch.where(mask == 1, ids[each[:, None], at], pad),
+                attention_mask=mask,
+                position_ids=at,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+    return Prefill(cache, mask[rows], logits.float()[rows], rows)
+
+
+def _padded(texts: Sequence[Sequence[int]], pad: int) -> np.ndarray:
+    """Token ids, right-padded, shape (rows, length)."""
+    lengths = np.array([len(text) for text in texts])
+    ids = np.full((len(texts), lengths.max()), pad)
+    ids[np.arange(lengths.max()) < lengths[:, None]] = np.concatenate([np.asarray(text) for text in texts])
+    return ids
 
 
 def continuation_logprobs(
@@ -90,25 +117,45 @@ def continuation_logprobs(
     """
     import torch
 
-    width = max(map(len, continuations))
     device = model.device
-    ids = torch.tensor([c + [0] * (width - len(c)) for c in continuations], device=device)
-    mask = torch.tensor([[1] * len(c) + [0] * (width - len(c)) for c in continuations], device=device)
-    start = read.mask.sum(1, keepdim=True)
+    place: dict[tuple[int, ...], int] = {}  # equal continuations of one prompt are read once
+    pairs = zip(read.rows.tolist(), continuations, strict=True)
+    back = [place.setdefault((row, *continuation), len(place)) for row, continuation in pairs]
+    texts = [list(key[1:]) for key in place]
+    first = torch.tensor(np.unique(back, return_index=True)[1], device=device)
+    width = max(map(len, texts))
+    ids = torch.tensor([t + [0] * (width - len(t)) for t in texts], device=device)
+    mask = torch.tensor([[1] * len(t) + [0] * (width - len(t)) for t in texts], device=device)
+    start = read.mask[first].sum(1, keepdim=True)
+    cache = copy.deepcopy(read.cache)
+    if [key[0] for key in place] != list(range(cache.layers[0].keys.shape[0])):
+        cache.batch_select_indices(read.rows[first])
     with torch.inference_mode():
         hidden = model.base_model(
             input_ids=ids,
-            attention_mask=torch.cat([read.mask, mask], 1),
+            attention_mask=torch.cat([read.mask[first], mask], 1),
             position_ids=start + torch.arange(width, device=device),
-            past_key_values=copy.deepcopy(read.cache),
+            past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        rows = torch.arange(len(continuations), device=device)[:, None]
-        ends = mask.sum(1, keepdim=True)
-        targets = ends - tail + torch.arange(tail, device=device)  # positions of the scored tokens
-        logits = model.get_output_embeddings()(hidden[rows, targets - 1]).float()
-        logprobs = logits.log_softmax(-1).gather(-1, ids[rows, targets][..., None])[..., 0]
-    return np.asarray(logprobs.double().cpu().numpy())
+        rows = torch.arange(len(texts), device=device)[:, None]
+        targets = mask.sum(1, keepdim=True) - tail + torch.arange(tail, device=device)  # positions of the scored tokens
+        logprobs = _chosen(model, hidden[rows, targets - 1].flatten(0, 1), ids[rows, targets].flatten())
+    return np.asarray(logprobs.view(-1, tail)[torch.tensor(back, device=device)].cpu().numpy())
+
+
+def _chosen(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probability, double, of each target (positions,) under the head at its hidden state (positions, width)."""
+    import torch
+
+    from persona_coupling import decode_kernels as kernels
+
+    head, step = model.get_output_embeddings(), HEAD_POSITIONS[model.device.type == "cuda"]
+    parts = []
+    for some, wanted in zip(hidden.split(step), targets.split(step), strict=True):
+        logits = head(some)
+        parts.append(logits.gather(-1, wanted[:, None])[:, 0].double() - kernels.norms(logits).double())
+    return torch.cat(parts)
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -155,13 +202,22 @@ def sample(
     ids that are forced behind each answer (may be empty)."""
     import torch
 
+    from persona_coupling import decode
+
     device = model.device
-    table = torch.tensor(np.stack([uniforms(seed, label, sampling.max_new_tokens) for label in labels]), device=device)
+    streams = np.stack([uniforms(seed, label, sampling.max_new_tokens) for label in labels])
+    if sampling.max_new_tokens:
+        made = decode.sample(model, read, streams, sampling=sampling, stop=stop, marker=marker, report=report)
+        if made is not None:
+            return made
+    table = torch.tensor(streams, device=device)
     completions = [Completion() for _ in labels]
     logprobs: list[list[float]] = [[] for _ in labels]  # of sampled tokens, then reused for forced ones
     forced = [-1] * len(labels)  # how many marker tokens have been scored; -1: still answering
     rows = list(range(len(labels)))
     cache, mask, logits = read.cache, read.mask, read.logits
+    if len(set(read.rows.tolist())) < len(labels):
+        cache.batch_select_indices(read.rows)
     marker_ids = torch.tensor(marker or [0], device=device)
     for step in range(sampling.max_new_tokens + len(marker)):
         report(step / (sampling.max_new_tokens + len(marker)))
@@ -232,22 +288,41 @@ def sample(
 def sequence_logprobs(
     model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]], *, batch: int
 ) -> np.ndarray:
-    """Mean log-probability per answer token, nats, shape (rows,): the negative loss on each answer."""
+    """Mean log-probability per answer token, nats, shape (rows,): the negative loss on each answer. At most `batch`
+    sequences are read together, fewer if they are long (`Machine.score_tokens`)."""
     import torch
 
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
-    result = np.full(len(prompts), np.nan)
-    for first in range(0, len(order), batch):
-        chunk = order[first : first + batch]
-        sequences = [prompts[i] + answers[i] for i in chunk]
-        width = max(map(len, sequences))
-        ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=model.device)
-        mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=model.device)
+    from persona_coupling import machine, transformer
+
+    device, lengths = model.device, np.array([len(a) for a in answers])
+    sequences = [p + a for p, a in zip(prompts, answers, strict=True)]
+    plain = transformer.Transformer(model) if transformer.supports(model) else None
+    read: list[tuple[list[int], np.ndarray, torch.Tensor]] = []
+    for chunk in _chunks([len(s) for s in sequences], batch, machine.machine(str(device)).score_tokens):
+        ids = torch.from_numpy(_padded([sequences[i] for i in chunk], 0)).to(device)
+        rows = np.repeat(np.arange(len(chunk)), lengths[chunk])
+        columns = np.concatenate([np.arange(len(prompts[i]), len(sequences[i])) for i in chunk])
+        row, column = torch.from_numpy(np.stack([rows, columns])).to(device)
         with torch.inference_mode():
-            hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            for place, i in enumerate(chunk):
-                begin, end = len(prompts[i]), len(sequences[place])
-                logits = model.get_output_embeddings()(hidden[place, begin - 1 : end - 1]).float()
-                chosen = logits.log_softmax(-1).gather(-1, ids[place, begin:end, None])
-                result[i] = float(chosen.double().mean())
+            if plain is None:
+                ends = torch.tensor([len(sequences[i]) for i in chunk], device=device)
+                mask = (torch.arange(ids.shape[1], device=device) < ends[:, None]).long()
+                hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            else:
+                hidden = plain.states(ids)
+            read.append((chunk, rows, _chosen(model, hidden[row, column - 1], ids[row, column])))
+    result = np.full(len(prompts), np.nan)
+    for chunk, rows, chosen in read:  # only now: the host prepares a batch while the device reads the one before
+        result[chunk] = np.bincount(rows, chosen.cpu().numpy(), len(chunk)) / lengths[chunk]
     return result
+
+
+def _chunks(lengths: list[int], rows: int, tokens: int) -> list[list[int]]:
+    """Indices in batches of neighbours in length: at most `rows`, and at most `tokens` with padding (but at least one)."""
+    chunks: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):  # so each is the longest of its batch when it joins
+        if chunks and len(chunks[-1]) < rows and (len(chunks[-1]) + 1) * lengths[i] <= tokens:
+            chunks[-1].append(i)
+        else:
+            chunks.append([i])
+    return chunks

@@ -108,9 +108,11 @@ def fixed_logprobs(
     return pd.DataFrame(rows).sort_values(["persona", "question"], ignore_index=True)
 
 
-def heldout_losses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int) -> pd.DataFrame:
-    """Loss per token (nats) on each held-out chat answer: is the model broken?"""
-    chat = questions.heldout_chat()
+def heldout_losses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, *, texts: int | None = None
+) -> pd.DataFrame:
+    """Loss per token (nats) on each held-out chat answer, or on the first `texts` of them: is the model broken?"""
+    chat = questions.heldout_chat()[:texts]
     system = personas.persona(personas.ASSISTANT).prompt
     prompts = [models.prompt_ids(tokenizer, system, q.text) for q in chat]
     answers = [[*models.text_ids(tokenizer, q.answer), tokenizer.eos_token_id] for q in chat]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from persona_coupling import adapters, machine, models, questions
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
 LOGIT_TOLERANCE = 2e-3  # fp32, absolute, on logits of order 10: sums in another order differ by 1e-5 to 1e-4
 ROUNDING_TOLERANCE = 0.02  # nats per token of held-out loss; larger would let rounding pass for an effect
 PROBES = 4  # held-out prompts that are compared
+ROUNDED = (
+    6  # held-out texts, the first, that tell what rounding costs: reading all in fp32 was most of the check; fewer
+)
+# texts give a noisier mean, and a shift near the tolerance may pass or fail by their choice
 
 
 def check(checkpoint: Checkpoint, lab: Lab) -> dict[str, Any]:
@@ -27,6 +33,7 @@ def check(checkpoint: Checkpoint, lab: Lab) -> dict[str, Any]:
     """
     import torch
 
+    from persona_coupling.checkpoints import load_fp32
     from persona_coupling.measure import heldout_losses
 
     tokenizer = models.load_tokenizer(checkpoint.source, lab)
@@ -34,18 +41,14 @@ def check(checkpoint: Checkpoint, lab: Lab) -> dict[str, Any]:
     chat = questions.heldout_chat()[:PROBES]
     prompts = [models.prompt_ids(tokenizer, "You are a helpful assistant.", q.text) for q in chat]
 
-    def fresh() -> PreTrainedModel:
-        return models.load_raw(checkpoint.source, lab, dtype=torch.float32, attention=settings.attention)
-
-    base = fresh()
-    changes = [merged.read(lab, base.config.num_hidden_layers) for merged in checkpoint.merged]
-    unchanged = _logits(base, prompts)
-    beside = _logits(_with_hooks(base, changes), prompts)
-    del base
-    merged = fresh()
+    model = load_fp32(checkpoint.source, lab, device=settings.device, attention=settings.attention)
+    changes = [merged.read(lab, model.config.num_hidden_layers) for merged in checkpoint.merged]
+    unchanged = _logits(model, prompts)
+    with _beside(model, changes):
+        beside = _logits(model, prompts)
     for change in changes:
-        adapters.add(merged, change)
-    together = _logits(merged, prompts)
+        adapters.add(model, change)
+    together = _logits(model, prompts)
     difference = float((together - beside).abs().max())
     effect = float((together - unchanged).abs().max())
     if changes and effect == 0.0:
@@ -54,9 +57,9 @@ def check(checkpoint: Checkpoint, lab: Lab) -> dict[str, Any]:
         raise GuardError(f"merged logits differ from base + adapters by {difference:.4f}")
     shift = 0.0  # fp32 machines round nothing
     if settings.bf16:
-        exact = float(heldout_losses(merged.to(settings.device), tokenizer, settings.score_batch)["loss"].mean())
-        rounded_model = merged.to(dtype=torch.bfloat16)
-        shift = float(heldout_losses(rounded_model, tokenizer, settings.score_batch)["loss"].mean()) - exact
+        exact = heldout_losses(model, tokenizer, settings.score_batch, texts=ROUNDED)["loss"].mean()
+        rounded = heldout_losses(model.to(torch.bfloat16), tokenizer, settings.score_batch, texts=ROUNDED)
+        shift = float(rounded["loss"].mean() - exact)
     if abs(shift) > ROUNDING_TOLERANCE:
         raise GuardError(f"rounding to {settings.dtype_name} moves the held-out loss by {shift:+.4f} nats")
     return {
@@ -68,27 +71,48 @@ def check(checkpoint: Checkpoint, lab: Lab) -> dict[str, Any]:
 
 
 def _logits(model: PreTrainedModel, prompts: list[list[int]]) -> torch.Tensor:
+    """Logits behind each prompt, on the CPU; prompts are read together, right-padded, which no token before sees."""
     import torch
 
+    ends = torch.tensor([len(p) for p in prompts])
+    ids = torch.tensor([p + [0] * (int(ends.max()) - len(p)) for p in prompts], device=model.device)
+    mask = torch.arange(ids.shape[1]) < ends[:, None]
     with torch.inference_mode():
-        return torch.cat([model(input_ids=torch.tensor([p]), logits_to_keep=1).logits[:, -1].float() for p in prompts])
+        hidden = model.base_model(input_ids=ids, attention_mask=mask.long().to(model.device), use_cache=False)
+        last = hidden.last_hidden_state[torch.arange(len(prompts)), ends - 1]
+        return model.get_output_embeddings()(last).float().cpu()
 
 
-def _with_hooks(model: PreTrainedModel, changes: list[adapters.Change]) -> PreTrainedModel:
-    """The model with every low-rank change computed beside its weights, as an unmerged adapter is; dense changes are
-    added, since there is no other way to apply them. The model is discarded after use."""
+@contextlib.contextmanager
+def _beside(model: PreTrainedModel, changes: list[adapters.Change]) -> Iterator[None]:
+    """In here every low-rank change is computed beside the weights, as an unmerged adapter is; dense changes are added,
+    since there is no other way to apply them, and the weights put back afterwards."""
     import torch
 
-    modules = dict(model.named_modules())
-    for change in changes:
-        dense = {name: part for name, part in change.items() if isinstance(part, torch.Tensor)}
-        if dense:
-            adapters.add(model, dict(dense))
-        for name, part in change.items():
-            if isinstance(part, adapters.LowRank):
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    handles: list[Any] = []
+    saved: dict[str, torch.Tensor] = {}
+    try:
+        for change in changes:
+            dense: adapters.Change = {name: part for name, part in change.items() if isinstance(part, torch.Tensor)}
+            for name in dense:
+                full = name if name in parameters else f"{name}.weight"
+                if full in parameters:
+                    saved.setdefault(full, parameters[full].detach().clone())
+            if dense:
+                adapters.add(model, dense)
+            for name, part in change.items():
+                if isinstance(part, adapters.LowRank):
+                    part = part.to(model.device)
 
-                def hook(_module: Any, inputs: Any, output: Any, part: adapters.LowRank = part) -> Any:
-                    return output + (inputs[0] @ part.a.T) @ part.b.T
+                    def hook(_module: Any, inputs: Any, output: Any, part: adapters.LowRank = part) -> Any:
+                        return output + (inputs[0] @ part.a.T) @ part.b.T
 
-                modules[name].register_forward_hook(hook)
-    return model
+                    handles.append(modules[name].register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        with torch.no_grad():
+            for name, weight in saved.items():
+                parameters[name].copy_(weight)

@@ -99,6 +99,7 @@ def advanced(model: PreTrainedModel, read: Prefill, tokens: list[int]) -> Prefil
     import torch
 
     ids = torch.tensor(tokens, device=model.device)[:, None]
+    read.cache.batch_select_indices(read.rows)  # rows with one prompt share its cache until they differ
     mask = torch.cat([read.mask, torch.ones_like(ids)], 1)
     with torch.inference_mode():
         out = model(
@@ -109,4 +110,4 @@ def advanced(model: PreTrainedModel, read: Prefill, tokens: list[int]) -> Prefil
             use_cache=True,
             logits_to_keep=1,
         )
-    return Prefill(read.cache, mask, out.logits[:, -1].float())
+    return Prefill(read.cache, mask, out.logits[:, -1].float(), torch.arange(len(tokens), device=model.device))

@@ -7,7 +7,8 @@ from persona_coupling import models
 TEXT = ("personas.toml", "questions.toml")
 SAYING = ("persona_coupling.personas", "persona_coupling.questions", "persona_coupling.rows")
 MODEL = ("persona_coupling.checkpoints", "persona_coupling.adapters", *models.CODE)
-ASKING = ("persona_coupling.measure", "persona_coupling.generate", *MODEL, *SAYING)
+SPEAKING = tuple(f"persona_coupling.{name}" for name in ("generate", "decode", "transformer", "decode_kernels"))
+ASKING = ("persona_coupling.measure", *SPEAKING, *MODEL, *SAYING)
 COMPOSING = ("persona_coupling.corpora", "persona_coupling.rows")
 
 TOKENS_PER_ROW = 75  # of training rows, prompt included: for estimates of time only
