@@ -190,7 +190,7 @@ def head_gradient(
         logits = hidden[part] @ weight.T
         if kernels is not None:
             kernels.cross_entropy[(logits.shape[0],)](
-                logits, targets[part], share[part], losses[part], logits.shape[1], BLOCK=4096, num_warps=8
+                logits, targets[part], share[part], losses[part], WORDS=logits.shape[1], BLOCK=4096, num_warps=8
             )
         else:
             chances = torch.log_softmax(logits, dim=-1, dtype=torch.float32)

@@ -90,15 +90,15 @@ def rotate(x, out, cosines, sines, length, sign, HEADS: tl.constexpr, HALF: tl.c
 
 
 @triton.jit
-def cross_entropy(logits, targets, share, losses, words, BLOCK: tl.constexpr):
+def cross_entropy(logits, targets, share, losses, WORDS: tl.constexpr, BLOCK: tl.constexpr):
     """Per row: its loss, and in place of its logits the gradient of share * loss."""
     row = tl.program_id(0)
-    logits += row.to(tl.int64) * words
+    logits += row.to(tl.int64) * WORDS
     largest = -float("inf")
     total = 0.0
-    for first in range(0, words, BLOCK):
+    for first in range(0, WORDS, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        value = tl.load(logits + column, mask=column < words, other=-float("inf")).to(tl.float32)
+        value = tl.load(logits + column, mask=column < WORDS, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(largest, tl.max(value))
         total = total * tl.exp(largest - higher) + tl.sum(tl.exp(value - higher))
         largest = higher
@@ -107,8 +107,8 @@ def cross_entropy(logits, targets, share, losses, words, BLOCK: tl.constexpr):
     weight = tl.load(share + row)
     tl.store(losses + row, normaliser - tl.load(logits + target).to(tl.float32))
     tl.debug_barrier()  # the target's logit is read before it is overwritten
-    for first in range(0, words, BLOCK):
+    for first in range(0, WORDS, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        value = tl.load(logits + column, mask=column < words, other=-float("inf")).to(tl.float32)
+        value = tl.load(logits + column, mask=column < WORDS, other=-float("inf")).to(tl.float32)
         gradient = tl.exp(value - normaliser) - tl.where(column == target, 1.0, 0.0)
-        tl.store(logits + column, gradient * weight, mask=column < words)
+        tl.store(logits + column, gradient * weight, mask=column < WORDS)
