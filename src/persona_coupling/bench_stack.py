@@ -171,7 +171,9 @@ def run(*, steps: int, sizes: tuple[int, ...] = SIZES, dropout: float = 0.05) ->
 
 def _line(title: str, measured: dict[str, Any], reference: float) -> None:
     low, high = measured["quartiles"]
-    rest = f"; {measured['preparation_seconds']:.1f} s besides, {measured['peak_gib']:.0f} GiB" * ("graphs" in measured)
+    rest = ""
+    if "graphs" in measured:
+        rest = f"; {measured['preparation_seconds']:.1f} s besides, {measured['peak_gib']:.0f} GiB"
     print(
         f"  {title:<34} {measured['median']:8.2f} ms per cell-step (quartiles {low:.2f} to {high:.2f}, mean "
         f"{measured['mean']:.2f}): {reference / measured['mean']:6.1f} times TRL{rest}",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 BLOCK = 1024  # elements per program of an elementwise kernel
 LOGITS = 2**28  # logits that exist at once, about 1.6 GB with their fp32 copy; more saves a launch, not time
+MANY = 6_144  # tokens from which skinny products with the mask drawn inside beat a dropped copy and the library's
 ALLOWED = True  # set to False to measure what the kernels bring
 
 
@@ -37,44 +39,83 @@ def _kernels() -> Any:
 
 
 def kernels_for(values: torch.Tensor) -> Any:
-    """The kernels, if `values` can be given to them, else None."""
-    return _kernels() if ALLOWED and values.is_cuda else None
+    """The kernels, if `values` can be given to them, else None; fp32 is for comparisons, and goes without."""
+    return _kernels() if ALLOWED and values.is_cuda and values.dtype == torch.bfloat16 else None
 
 
 def _grid(values: torch.Tensor) -> tuple[int]:
     return ((values.numel() + BLOCK - 1) // BLOCK,)
 
 
-def _threshold(p: float) -> int:
-    """Of 31 bits: Triton takes integers above that as 64-bit ones."""
-    return round(p * 2**32)
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout of one layer's adapter input; `random` is the step's seed on the device, two words, `number` the layer's."""
+
+    p: float
+    random: torch.Tensor
+    number: int
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What every kernel that applies it takes: the mask is drawn anew from these, not stored."""
+        return self.random, self.number, round(self.p * 2**32), 1 / (1 - self.p)
 
 
-def drop(
-    x: torch.Tensor, p: float, random: torch.Tensor, number: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Inverted dropout of contiguous `x`, and the mask if it has to be kept for the backward pass."""
-    if not p:
-        return x, None
+def _low_rank(rank: int) -> dict[str, int]:
+    return {"RANK": rank, "PADDED": max(16, 1 << (rank - 1).bit_length())}
+
+
+def inner(
+    x: torch.Tensor, a: torch.Tensor, dropout: Dropout
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """drop(x) A' of every cell, (cells, tokens, rank), and what the backward pass needs: x or its dropped copy, and
+    the mask where there is no kernel to draw it again."""
     kernels = kernels_for(x)
+    if not dropout.p:
+        return torch.bmm(x, a.transpose(1, 2)), x, None
     if kernels is None:
-        dropped, keep = torch.native_dropout(x, p, True)
-        return dropped, keep
-    out = torch.empty_like(x)
-    kernels.drop[_grid(x)](x, out, random, number, _threshold(p), 1 / (1 - p), x.numel(), BLOCK=BLOCK)
-    return out, None
+        dropped, keep = torch.native_dropout(x, dropout.p, True)
+        return torch.bmm(dropped, a.transpose(1, 2)), dropped, keep
+    cells, tokens, width = x.shape
+    if cells * tokens < MANY:
+        out = torch.empty_like(x)
+        kernels.drop[_grid(x)](x, out, *dropout.arguments(), x.numel(), BLOCK=BLOCK)
+        return torch.bmm(out, a.transpose(1, 2)), out, None
+    result = x.new_empty(cells, tokens, a.shape[1])
+    kernels.inner[(-(-tokens // 64), cells)](
+        x, a, result, *dropout.arguments(), tokens, a.stride(0),
+        IN=width, **_low_rank(a.shape[1]), ROWS=64, COLUMNS=64,
+    )  # fmt: skip
+    return result, x, None
 
 
-def add_dropped(
-    total: torch.Tensor, x: torch.Tensor, keep: torch.Tensor | None, p: float, random: torch.Tensor, number: int
-) -> None:
-    """Add `x` to `total`, in place, through the mask that `drop` used for the same seed and number."""
-    kernels = kernels_for(x) if keep is None else None
-    if kernels is None:
-        assert keep is not None
-        total.addcmul_(x, keep.to(x.dtype), value=1 / (1 - p))
+def gradient_a(through: torch.Tensor, kept: torch.Tensor, out: torch.Tensor, dropout: Dropout) -> None:
+    """out = through' drop(x), with `kept` as `inner` returned it."""
+    kernels = kernels_for(kept)
+    cells, tokens, width = kept.shape
+    if not dropout.p or kernels is None or cells * tokens < MANY:
+        torch.bmm(through.transpose(1, 2), kept, out=out)
         return
-    kernels.add_dropped[_grid(x)](total, x, random, number, _threshold(p), 1 / (1 - p), x.numel(), BLOCK=BLOCK)
+    columns = 32 if cells * width < 132 * 64 else 64  # enough programs for all of a card's multiprocessors
+    kernels.gradient_a[(-(-width // columns), cells)](
+        through, kept, out, *dropout.arguments(), tokens, out.stride(0),
+        IN=width, **_low_rank(out.shape[1]), ROWS=64, COLUMNS=columns,
+    )  # fmt: skip
+
+
+def add_back(
+    back: torch.Tensor, through: torch.Tensor, a: torch.Tensor, keep: torch.Tensor | None, dropout: Dropout
+) -> None:
+    """back += through A where x was kept, scaled as it was."""
+    if not dropout.p:
+        back.baddbmm_(through, a)
+    elif keep is not None:
+        back.addcmul_(torch.bmm(through, a), keep.to(back.dtype), value=1 / (1 - dropout.p))
+    else:
+        cells, tokens, width = back.shape
+        _kernels().add_back[(-(-tokens // 64), -(-width // 64), cells)](
+            back, through, a, *dropout.arguments(), tokens, a.stride(0),
+            IN=width, **_low_rank(a.shape[1]), ROWS=64, COLUMNS=64,
+        )  # fmt: skip
 
 
 class _Gate(torch.autograd.Function):  # type: ignore[misc]
@@ -133,7 +174,7 @@ def faster(model: PreTrainedModel) -> Iterator[None]:
     """On CUDA: RMS norms, the gated activation and the rotary embedding of a Llama-like model in one kernel each.
     Elsewhere nothing. Raises GuardError if a layer lacks one of them: then the architecture is another one."""
     device = next(model.parameters()).device
-    if device.type != "cuda" or not ALLOWED:
+    if device.type != "cuda" or not ALLOWED or model.dtype != torch.bfloat16:
         yield
         return
     norms = [m for m in model.modules() if hasattr(m, "variance_epsilon")]
@@ -167,7 +208,8 @@ def _silu_class() -> type:
 
 def _norm(norm: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     shape = (norm.weight.shape[0],)
-    return lambda x: torch.nn.functional.rms_norm(x, shape, norm.weight, norm.variance_epsilon)
+    weight = norm.weight.detach()  # frozen: its gradient would cost more than the norm
+    return lambda x: torch.nn.functional.rms_norm(x, shape, weight, norm.variance_epsilon)
 
 
 def _mlp(mlp: Any) -> Callable[[torch.Tensor], torch.Tensor]:

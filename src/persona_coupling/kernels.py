@@ -39,14 +39,72 @@ def drop(x, out, random, number, threshold, scale, count, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["number", "threshold"])
-def add_dropped(total, x, random, number, threshold, scale, count, BLOCK: tl.constexpr):
-    """total += x through the same mask."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < count
-    value = tl.load(x + place, mask=inside).to(tl.float32)
-    sum_ = tl.load(total + place, mask=inside).to(tl.float32)
-    kept = _kept(random, number, place, threshold)
-    tl.store(total + place, sum_ + tl.where(kept, value * scale, 0.0), mask=inside)
+def inner(
+    x, a, out, random, number, threshold, scale, tokens, stride,
+    IN: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out = drop(x) A': x (cells, tokens, IN), A (cells, RANK, IN) with `stride` between cells, out (.., RANK)."""
+    cell = tl.program_id(1)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rank = tl.arange(0, PADDED)
+    row = cell * tokens + token
+    total = tl.zeros((ROWS, PADDED), dtype=tl.float32)
+    for first in range(0, IN, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        place = row[:, None] * IN + column[None, :]
+        value = tl.load(x + place, mask=(token < tokens)[:, None] & (column < IN)[None, :], other=0.0)
+        value = tl.where(_kept(random, number, place, threshold), value, 0.0)
+        where = cell.to(tl.int64) * stride + rank[None, :] * IN + column[:, None]
+        weight = tl.load(a + where, mask=(rank < RANK)[None, :] & (column < IN)[:, None], other=0.0)
+        total += tl.dot(value, weight)
+    inside = (token < tokens)[:, None] & (rank < RANK)[None, :]
+    tl.store(out + row[:, None] * RANK + rank[None, :], total * scale, mask=inside)
+
+
+@triton.jit(do_not_specialize=["number", "threshold"])
+def gradient_a(
+    through, x, out, random, number, threshold, scale, tokens, stride,
+    IN: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out = through' drop(x): through (cells, tokens, RANK), out (cells, RANK, IN) with `stride` between cells."""
+    cell = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    rank = tl.arange(0, PADDED)
+    total = tl.zeros((PADDED, COLUMNS), dtype=tl.float32)
+    for first in range(0, tokens, ROWS):
+        token = first + tl.arange(0, ROWS)
+        row = cell * tokens + token
+        place = row[:, None] * IN + column[None, :]
+        value = tl.load(x + place, mask=(token < tokens)[:, None] & (column < IN)[None, :], other=0.0)
+        value = tl.where(_kept(random, number, place, threshold), value, 0.0)
+        where = row[None, :] * RANK + rank[:, None]
+        outer = tl.load(through + where, mask=(token < tokens)[None, :] & (rank < RANK)[:, None], other=0.0)
+        total += tl.dot(outer, value)
+    where = cell.to(tl.int64) * stride + rank[:, None] * IN + column[None, :]
+    tl.store(out + where, total * scale, mask=(rank < RANK)[:, None] & (column < IN)[None, :])
+
+
+@triton.jit(do_not_specialize=["number", "threshold"])
+def add_back(
+    back, through, a, random, number, threshold, scale, tokens, stride,
+    IN: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """back += through A, by the mask that dropped x: back (cells, tokens, IN)."""
+    cell = tl.program_id(2)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    rank = tl.arange(0, PADDED)
+    row = cell * tokens + token
+    where = row[:, None] * RANK + rank[None, :]
+    outer = tl.load(through + where, mask=(token < tokens)[:, None] & (rank < RANK)[None, :], other=0.0)
+    where = cell.to(tl.int64) * stride + rank[:, None] * IN + column[None, :]
+    weight = tl.load(a + where, mask=(rank < RANK)[:, None] & (column < IN)[None, :], other=0.0)
+    value = tl.dot(outer, weight) * scale
+    place = row[:, None] * IN + column[None, :]
+    inside = (token < tokens)[:, None] & (column < IN)[None, :]
+    before = tl.load(back + place, mask=inside, other=0.0).to(tl.float32)
+    value = tl.where(_kept(random, number, place, threshold), value, 0.0)
+    tl.store(back + place, before + value, mask=inside)
 
 
 @triton.jit

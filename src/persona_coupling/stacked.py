@@ -125,30 +125,26 @@ class _Adapted(torch.autograd.Function):  # type: ignore[misc]
     def forward(context: Any, values: torch.Tensor, layer: StackedLinear) -> torch.Tensor:
         x = values.reshape(layer.cells, -1, values.shape[-1])
         out = torch.nn.functional.linear(x, layer.weight, layer.bias)
-        dropped, keep = fused.drop(x, layer.p, layer.random, layer.number)
-        inner = torch.bmm(dropped, layer.a.transpose(1, 2))
+        inner, kept, mask = fused.inner(x, layer.a, layer.dropout)
         out.baddbmm_(inner, layer.b.transpose(1, 2))
         if layer.frozen is not None:
             a, b = layer.frozen
             out.baddbmm_(torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
         context.layer = layer
-        context.save_for_backward(dropped, inner, keep)
+        context.save_for_backward(kept, inner, mask)
         return out.view(*values.shape[:-1], -1)
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         layer: StackedLinear = context.layer
-        dropped, inner, keep = context.saved_tensors
+        kept, inner, mask = context.saved_tensors
         shape = gradients[0].shape
         outer = gradients[0].reshape(layer.cells, -1, shape[-1])
         through = torch.bmm(outer, layer.b)
         torch.bmm(outer.transpose(1, 2), inner, out=layer.gradient_b)
-        torch.bmm(through.transpose(1, 2), dropped, out=layer.gradient_a)
+        fused.gradient_a(through, kept, layer.gradient_a, layer.dropout)
         back = torch.matmul(outer, layer.weight)
-        if layer.p:
-            fused.add_dropped(back, torch.bmm(through, layer.a), keep, layer.p, layer.random, layer.number)
-        else:
-            back.baddbmm_(through, layer.a)
+        fused.add_back(back, through, layer.a, mask, layer.dropout)
         if layer.frozen is not None:
             a, b = layer.frozen
             back.baddbmm_(torch.bmm(outer, b), a)
@@ -156,7 +152,7 @@ class _Adapted(torch.autograd.Function):  # type: ignore[misc]
 
 
 class StackedLinear(torch.nn.Module):  # type: ignore[misc]
-    """A linear layer with the adapters of all cells; `random` is the dropout seed on the device, `number` the layer's."""
+    """A linear layer with the adapters of all cells."""
 
     def __init__(
         self,
@@ -164,13 +160,11 @@ class StackedLinear(torch.nn.Module):  # type: ignore[misc]
         name: str,
         adapters: Adapters,
         frozen: tuple[torch.Tensor, torch.Tensor] | None,
-        p: float,
-        random: torch.Tensor,
-        number: int,
+        dropout: fused.Dropout,
     ) -> None:
         super().__init__()
         self.weight, self.bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
-        self.cells, self.p, self.frozen, self.random, self.number = adapters.cells, p, frozen, random, number
+        self.cells, self.frozen, self.dropout = adapters.cells, frozen, dropout
         self.a, self.b = adapters.a(adapters.working, name), adapters.b(adapters.working, name)
         self.gradient_a, self.gradient_b = adapters.a(adapters.raw, name), adapters.b(adapters.raw, name)
 
@@ -238,7 +232,7 @@ def attached(
                 base = modules[name]
                 assert isinstance(base, torch.nn.Linear)
                 parent, _, child = name.rpartition(".")
-                layer = StackedLinear(base, name, adapters, frozen.get(name), p, random, number)
+                layer = StackedLinear(base, name, adapters, frozen.get(name), fused.Dropout(p, random, number))
                 setattr(modules[parent], child, layer)
                 replaced.append((modules[parent], child, base))
             if len(replaced) != len(adapters.places) or not frozen.keys() <= adapters.places.keys():
