@@ -22,7 +22,7 @@ from persona_coupling.machine import Machine
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 49_152,
     "hidden_size": 576,
     "intermediate_size": 1_536,
@@ -144,7 +144,12 @@ def stack(
 def summary(milliseconds: list[float]) -> dict[str, Any]:
     """Median, quartiles and mean."""
     low, middle, high = np.quantile(milliseconds, [0.25, 0.5, 0.75]).tolist()
-    return {"median": middle, "quartiles": [low, high], "mean": float(np.mean(milliseconds)), "steps": len(milliseconds)}
+    return {
+        "median": middle,
+        "quartiles": [low, high],
+        "mean": float(np.mean(milliseconds)),
+        "steps": len(milliseconds),
+    }
 
 
 def run(*, steps: int, sizes: tuple[int, ...] = SIZES, dropout: float = 0.05) -> dict[str, Any]:

@@ -18,27 +18,26 @@ learning rates, and replays. Without CUDA the same code runs uncaptured.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from persona_coupling import fused, stacked, train
+from persona_coupling import drawn, fused, stacked, train
 from persona_coupling.adapters import Change
 from persona_coupling.errors import GuardError
 from persona_coupling.machine import Machine
-from persona_coupling.models import quiet_transformers
 from persona_coupling.stacked import Adapters, Factors
+from persona_coupling.store import share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from persona_coupling.store import Report
 
+SMALL = 1_000_000_000  # parameters; above, an eager step keeps the card busy and a stack's activations fill it
 GRAIN = 16  # tokens; lengths are padded to a multiple: smaller pads less and captures more graphs, about 1 s each
 WATCH = 8  # steps between waits for the device: how far the progress bar may run ahead
 
@@ -77,8 +76,8 @@ def train_together(
     device = next(model.parameters()).device
     capture = device.type == "cuda" if capture is None else capture
     dtype = model.get_output_embeddings().weight.dtype
-    loras = [_lora(chain.settings) for chain in chains]
-    starts = [initial_adapter(model, chain.settings, chain.seed) for chain in chains]
+    loras = [drawn.lora_of(chain.settings) for chain in chains]
+    starts = [drawn.initial_adapter(model, chain.settings, chain.seed) for chain in chains]
     frozen = stacked.frozen_factors(
         model, [stacked.joined(list(chain.frozen)) for chain in chains], dtype=dtype, device=device
     )
@@ -114,67 +113,44 @@ def train_together(
     ]
 
 
+def suits(model: PreTrainedModel) -> bool:
+    """Whether this path is exact for a model and worth it: full causal attention without further tricks, and so small
+    that launches, not arithmetic, bound an eager step."""
+    config = model.config
+    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    return config.model_type in ("llama", "qwen2") and full and model.num_parameters() < SMALL
+
+
+def train_each(
+    model: PreTrainedModel, chains: Sequence[Chain], machine: Machine, report: Report
+) -> list[tuple[Trained, int] | Exception]:
+    """Train chains in stacks of `machine.stack`, each with the size of the stack it was trained in. A stack that does not
+    fit is halved; where a chain is refused, the others of its stack are trained all the same."""
+    made: list[tuple[Trained, int] | Exception] = []
+    for first in range(0, len(chains), machine.stack):
+        part = chains[first : first + machine.stack]
+        ours = share(report, first, len(part), len(chains))
+        refused: Exception | None = None
+        try:
+            made += [(trained, len(part)) for trained in train_together(model, part, machine, ours)]
+        except (GuardError, torch.OutOfMemoryError) as error:
+            refused = error.with_traceback(None)  # its frames hold the stack's tensors
+        if refused is not None and len(part) == 1:
+            made.append(refused)
+        elif refused is not None:
+            half = 1 if isinstance(refused, GuardError) else len(part) // 2
+            made += train_each(model, part, replace(machine, stack=half), ours)
+    return made
+
+
 def _check(chains: Sequence[Chain]) -> None:
     if not chains:
         raise ValueError("no chains to train")
     for chain in chains:
         if len(chain.rows) != chain.settings.steps * chain.settings.batch:
             raise GuardError(f"{len(chain.rows)} rows for {chain.settings.steps} steps of {chain.settings.batch}")
-    if len({(chain.settings.batch, _lora(chain.settings).dropout) for chain in chains}) != 1:
+    if len({(chain.settings.batch, drawn.lora_of(chain.settings).dropout) for chain in chains}) != 1:
         raise ValueError("chains of one stack share batch size and dropout")
-
-
-def _lora(settings: train.Training) -> train.Lora:
-    if settings.lora is None:
-        raise ValueError("full fine-tuning cannot share a base")
-    return settings.lora
-
-
-@contextlib.contextmanager
-def _with_peft(model: PreTrainedModel, settings: train.Training, seed: int) -> Iterator[Any]:
-    """PEFT's model of these settings, drawn as TRL draws it; the base is left as it was."""
-    from peft import get_peft_model
-
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with quiet_transformers(), train.seeded(seed):
-        adapted = get_peft_model(model, train.lora_config(_lora(settings)))
-    try:
-        train.check_attached(adapted, settings)
-        yield adapted
-    finally:
-        adapted.unload()
-        model.__dict__.pop("peft_config", None)  # some versions of PEFT leave it
-        for parameter, before in required:
-            parameter.requires_grad_(before)
-
-
-def _pairs(adapted: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    parameters = dict(adapted.get_base_model().named_parameters())
-    ends = ".lora_A.default.weight", ".lora_B.default.weight"
-    names = [name.removesuffix(ends[0]) for name in parameters if name.endswith(ends[0])]
-    return {name: (parameters[name + ends[0]].data, parameters[name + ends[1]].data) for name in names}
-
-
-def initial_adapter(model: PreTrainedModel, settings: train.Training, seed: int) -> Factors:
-    """The adapter from which TRL's path would start, by module name: PEFT draws it, from the same generator state."""
-    with _with_peft(model, settings, seed) as adapted:
-        return {name: (a.float().clone(), b.float().clone()) for name, (a, b) in _pairs(adapted).items()}
-
-
-def save(model: PreTrainedModel, chain: Chain, trained: Trained, folder: Path) -> None:
-    """Write the adapter and its snapshots into `folder`, by the writer of TRL's path."""
-    with _with_peft(model, chain.settings, chain.seed) as adapted:
-        pairs = _pairs(adapted)
-        for place, factors in (
-            *((train.snapshot_folder(folder, step), factors) for step, factors in trained.snapshots.items()),
-            (folder, trained.adapter),
-        ):
-            if set(factors) != set(pairs):
-                raise GuardError("the trained modules are not those of the adapter")
-            for name, (a, b) in factors.items():
-                pairs[name][0].copy_(a), pairs[name][1].copy_(b)
-            place.mkdir(exist_ok=True)
-            train.save_adapter(adapted, place)
 
 
 def learning_rates(settings: train.Training) -> list[float]:
@@ -250,7 +226,13 @@ class _Steps:
     """Optimiser steps of a stack; on CUDA one captured graph per padded length."""
 
     def __init__(
-        self, model: PreTrainedModel, chains: Sequence[Chain], adapters: Adapters, random: torch.Tensor, *, capture: bool
+        self,
+        model: PreTrainedModel,
+        chains: Sequence[Chain],
+        adapters: Adapters,
+        random: torch.Tensor,
+        *,
+        capture: bool,
     ) -> None:
         self.model, self.chains, self.adapters, self.random, self.capture = model, chains, adapters, random, capture
         device, cells = adapters.master.device, len(chains)
@@ -370,5 +352,3 @@ def _adamw(chains: Sequence[Chain], adapters: Adapters, rate: torch.Tensor) -> t
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimiser
-
-

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from persona_coupling import machine, models
+from persona_coupling import adapters, machine, models
 from persona_coupling.store import Lab, Stage
 from persona_coupling.train import Training
 
@@ -61,11 +61,17 @@ class Checkpoint:
             raise ValueError("the raw model has no change to take")
         return self.merged[-1].change
 
+    def beside(self, lab: Lab, base: Checkpoint) -> tuple[adapters.Change, ...]:
+        """The changes that this checkpoint has and `base` lacks, as merged here."""
+        return tuple(
+            adapters.restrict(adapters.read_change(lab.folder(m.change)), m.layers, m.modules, m.scale)
+            for m in self.merged
+            if m not in base.merged
+        )
+
     def load(self, lab: Lab) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Weights merged in fp32, then cast to the machine's format, on its device."""
         import torch
-
-        from persona_coupling import adapters
 
         settings = machine.machine(lab.device)
         tokenizer = models.load_tokenizer(self.source, lab)

@@ -64,9 +64,7 @@ def _low_rank(rank: int) -> dict[str, int]:
     return {"RANK": rank, "PADDED": max(16, 1 << (rank - 1).bit_length())}
 
 
-def inner(
-    x: torch.Tensor, a: torch.Tensor, dropout: Dropout
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def inner(x: torch.Tensor, a: torch.Tensor, dropout: Dropout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """drop(x) A' of every cell, (cells, tokens, rank), and what the backward pass needs: x or its dropped copy, and
     the mask where there is no kernel to draw it again."""
     kernels = kernels_for(x)
@@ -183,7 +181,7 @@ def faster(model: PreTrainedModel) -> Iterator[None]:
     if len(norms) < 2 * layers or len(gated) != layers:
         raise GuardError(f"{type(model).__name__}: {len(norms)} norms and {len(gated)} MLPs in {layers} layers")
     rotation = sys.modules[type(model).__module__]
-    before = rotation.apply_rotary_pos_emb  # type: ignore[attr-defined]
+    before = rotation.apply_rotary_pos_emb
     patched = list(norms)
     try:
         for norm in norms:

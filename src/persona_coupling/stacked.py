@@ -48,8 +48,9 @@ class Place:
 class Adapters:
     """All cells' adapters in flat tensors of shape (cells, parameters): every A first, then every B.
 
-    Modules of `also` get a place (of zeros) even if no cell trains them. `master` and `gradient` are fp32; `working` and `raw` are their counterparts in the compute format, B multiplied by
-    the cell's LoRA scale. Modules read views of `working` and write views of `raw`.
+    Modules of `also` get a place (of zeros) even if no cell trains them. `master` and `gradient` are fp32; `working` and
+    `raw` are their counterparts in the compute format, B multiplied by the cell's LoRA scale. Modules read views of
+    `working` and write views of `raw`.
     """
 
     def __init__(

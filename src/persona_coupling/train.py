@@ -171,8 +171,9 @@ def fine_tune(
     folder: Path,
     report: Report,
 ) -> list[dict[str, float]]:
-    """Train, write the adapter (or the dense delta) into `folder`, and return the log: step, loss, learning rate,
-    gradient norm of every step. Snapshots go into folders of their own inside. Raises GuardError if the optimiser took another number of steps than asked."""
+    """Train, write the adapter (or the dense delta) into `folder`, snapshots into folders inside it, and return the
+    log: step, loss, learning rate, gradient norm of every step. Raises GuardError if the optimiser took another number
+    of steps than asked."""
     rows = in_order(tokenizer, conversations, settings, seed=seed)
     dense = settings.lora is None
     before = {n: p.detach().clone() for n, p in model.named_parameters()} if dense else {}

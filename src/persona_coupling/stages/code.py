@@ -8,6 +8,7 @@ TEXT = ("personas.toml", "questions.toml")
 SAYING = ("persona_coupling.personas", "persona_coupling.questions", "persona_coupling.rows")
 MODEL = ("persona_coupling.checkpoints", "persona_coupling.adapters", *models.CODE)
 ASKING = ("persona_coupling.measure", "persona_coupling.generate", *MODEL, *SAYING)
+FAST = tuple(f"persona_coupling.{name}" for name in ("captured", "stacked", "drawn", "fused", "kernels"))
 COMPOSING = ("persona_coupling.corpora", "persona_coupling.rows")
 
 TOKENS_PER_ROW = 75  # of training rows, prompt included: for estimates of time only
