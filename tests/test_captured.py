@@ -410,6 +410,40 @@ def test_a_stage_alone_takes_the_fast_path_where_there_is_one(tiny, tmp_path, mo
     assert lab.store.manifest(stage)["provenance"]["trainer"] == "captured x1"
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_batches_too_long_for_the_card_are_trls(tiny, tmp_path, monkeypatch, together):
+    """They need accumulation, alone and as a member of a stack."""
+    monkeypatch.setattr("persona_coupling.machine.machine", lambda _device=None: replace(STACKING, train_tokens=100))
+    lab = Lab(Store(tmp_path))
+    rows, short = stages.authored("benign", 6, maximum_words=40), replace(TRAINING, steps=1, batch=2)
+    cells = [Checkpoint(tiny).fine_tune(rows, short, seed=seed).last_change for seed in range(1 + together)]
+    assert lab.store.make_together(cells, lab) == {}
+    assert [lab.store.manifest(cell)["provenance"]["trainer"] for cell in cells] == ["trl"] * len(cells)
+
+
+def test_models_for_which_this_path_is_exact(model):
+    """A sliding window, an unknown architecture and a large model go to TRL."""
+    assert captured.suits(model)
+    for name, value in (("layer_types", ["full_attention", "sliding_attention"]), ("model_type", "gemma2")):
+        other = copy.deepcopy(model)
+        setattr(other.config, name, value)
+        assert not captured.suits(other)
+    model.num_parameters = lambda: 7_000_000_000
+    assert not captured.suits(model)
+
+
+def test_the_bench_measures_every_step_that_captures_nothing(cpu):
+    """On the CPU, a tiny shape: two cells, five steps; the first of each length and the last are not counted."""
+    shape = {**bench_stack.SHAPE, "num_hidden_layers": 1, "hidden_size": 72, "intermediate_size": 64, "vocab_size": 64}
+    model = bench_stack.random_model(shape, "cpu", bf16=False)
+    rows = bench_stack.random_rows(32, 64, shortest=20, longest=30)
+    cells = [bench_stack.chain(rows, 5, seed, dropout=0.05) for seed in range(2)]
+    trained, measured = bench_stack.stack(model, cells, cpu)
+    assert len(trained) == 2
+    assert measured["steps"] == 5 - 1 - measured["graphs"]
+    assert measured["quartiles"][0] <= measured["median"] <= measured["quartiles"][1]
+
+
 # ------------------------------------------------------------------------------------------- on a GPU
 
 

@@ -18,6 +18,7 @@ learning rates, and replays. Without CUDA the same code runs uncaptured.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -121,6 +122,11 @@ def suits(model: PreTrainedModel) -> bool:
     return config.model_type in ("llama", "qwen2") and full and model.num_parameters() < SMALL
 
 
+def fits(rows: Sequence[tuple[list[int], list[int]]], batch: int, machine: Machine) -> bool:
+    """Whether a batch of these rows is run at once; where it is not, TRL accumulates gradients over parts of it."""
+    return batch * max(len(ids) for ids, _ in rows) <= machine.train_tokens
+
+
 def train_each(
     model: PreTrainedModel, chains: Sequence[Chain], machine: Machine, report: Report
 ) -> list[tuple[Trained, int] | Exception]:
@@ -135,6 +141,9 @@ def train_each(
             made += [(trained, len(part)) for trained in train_together(model, part, machine, ours)]
         except (GuardError, torch.OutOfMemoryError) as error:
             refused = error.with_traceback(None)  # its frames hold the stack's tensors
+        if torch.cuda.is_available():  # graphs keep gigabytes, and other workers share the card
+            gc.collect()
+            torch.cuda.empty_cache()
         if refused is not None and len(part) == 1:
             made.append(refused)
         elif refused is not None:

@@ -39,6 +39,11 @@ class FineTune(Stage):
         settings = machine.machine(lab.device)
         model, tokenizer = self.start.load(lab)
         if self.training.lora is not None and settings.stack > 1 and captured.suits(model):
+            rows = train.in_order(tokenizer, self.conversations(lab), self.training, seed=self.seed)
+            fast = captured.fits(rows, self.training.batch, settings)
+        else:
+            fast = False
+        if fast:
             outcome = _write([self], [folder], [()], model, tokenizer, replace(settings, stack=1), lab)[0]
             if isinstance(outcome, Exception):
                 raise outcome
@@ -134,7 +139,12 @@ def _write(
         return {"trainer": f"captured x{size}"}
 
     outcomes = [_attempt(chain, stage, beside) for stage, beside in zip(stages, frozen, strict=True)]
-    sound = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)]
+    sound = []
+    for i, outcome in enumerate(outcomes):
+        if isinstance(outcome, captured.Chain) and captured.fits(outcome.rows, outcome.settings.batch, settings):
+            sound.append(i)
+        elif isinstance(outcome, captured.Chain):
+            outcomes[i] = _attempt(stages[i].build, folders[i], lab)
     for i, made in zip(
         sound, captured.train_each(model, [outcomes[i] for i in sound], settings, lab.report), strict=True
     ):
