@@ -134,6 +134,25 @@ def test_a_wrong_normalisation_would_be_seen(model, tokenizer, cpu, tmp_path, mo
         assert_same_log(trained.log, trl(model, tokenizer, cpu, tmp_path, *CELLS[0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", [LORA, Lora(3, 5, 0.1, ("q_proj", "up_proj"), (0, 2))])
+def test_draws_are_pefts_own(model, dtype, lora):
+    """Bit by bit, for seeds other than the one that is checked at run time; a planted difference sends all to PEFT."""
+    settings, base = replace(TRAINING, lora=lora), model.to(dtype)
+    drawer = drawn.Drawer(base)
+    for seed in (0, 5):
+        assert bitwise(drawer.initial(settings, seed), drawn.initial_adapter(base, settings, seed))
+    assert drawer._template(settings).known
+
+
+def test_draws_that_are_not_pefts_are_not_used(model, monkeypatch):
+    monkeypatch.setattr(drawn, "_draw", lambda template, seed: {n: (torch.zeros(a), torch.zeros(b)) for n, (a, b) in
+                                                               template.shapes.items()})  # fmt: skip
+    drawer = drawn.Drawer(model)
+    assert bitwise(drawer.initial(TRAINING, 5), drawn.initial_adapter(model, TRAINING, 5))
+    assert not drawer._template(TRAINING).known
+
+
 def test_a_cell_starts_where_trl_starts(model, tokenizer, cpu, tmp_path):
     """With a learning rate of 0 TRL writes the adapter that it drew: the same bits."""
     settings = replace(TRAINING, steps=1, learning_rate=0.0)
@@ -191,7 +210,7 @@ def test_both_paths_write_the_same_files(model, tokenizer, cpu, tmp_path):
     log = trl(model, tokenizer, cpu, tmp_path / "trl", settings, 3)
     assert log == trl(model, tokenizer, cpu, tmp_path / "plain", TRAINING, 3), "a snapshot disturbs nothing"
     (trained,) = captured.train_together(model, [chain(tokenizer, settings, 3)], cpu, nothing)
-    drawn.save(model, settings, trained.adapter, trained.snapshots, tmp_path)
+    drawn.Drawer(model).save(settings, trained.adapter, trained.snapshots, tmp_path)
     for place in (".", "snapshot-2"):
         ours, theirs = tmp_path / place, tmp_path / "trl" / place
         assert (ours / "adapter_config.json").read_bytes() == (theirs / "adapter_config.json").read_bytes()

@@ -78,7 +78,8 @@ def train_together(
     capture = device.type == "cuda" if capture is None else capture
     dtype = model.get_output_embeddings().weight.dtype
     loras = [drawn.lora_of(chain.settings) for chain in chains]
-    starts = [drawn.initial_adapter(model, chain.settings, chain.seed) for chain in chains]
+    drawer = drawn.Drawer(model)
+    starts = [drawer.initial(chain.settings, chain.seed) for chain in chains]
     frozen = stacked.frozen_factors(
         model, [stacked.joined(list(chain.frozen)) for chain in chains], dtype=dtype, device=device
     )

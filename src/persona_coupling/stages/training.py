@@ -134,10 +134,11 @@ def _write(
         if isinstance(made, Exception):
             raise made
         trained, size = made
-        drawn.save(model, chained.settings, trained.adapter, trained.snapshots, folder)
+        drawer.save(chained.settings, trained.adapter, trained.snapshots, folder)
         pd.DataFrame(trained.log).to_parquet(folder / "log.parquet", compression="zstd", index=False)
         return {"trainer": f"captured x{size}"}
 
+    drawer = drawn.Drawer(model)
     outcomes = [_attempt(chain, stage, beside) for stage, beside in zip(stages, frozen, strict=True)]
     sound = []
     for i, outcome in enumerate(outcomes):
