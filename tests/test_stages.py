@@ -72,7 +72,7 @@ def other_values(value, name):
         if isinstance(value, Lora):
             yield name, None
     elif value == ():
-        yield name, (Merged(ROWS),)
+        yield name, (1,) if name == "snapshots" else (Merged(ROWS),)
     elif isinstance(value, tuple):
         yield name, (*value, next(other_values(value[0], name))[1])
         for number, item in enumerate(value):
