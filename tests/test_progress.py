@@ -180,3 +180,61 @@ def test_an_error_in_a_worker_stops_the_run_and_keeps_what_is_finished(store, sp
         progress.build(planned, store, "cpu", speeds, workers=2)
     assert store.has(Job("a"))
     assert not store.has(child)
+
+
+@dataclass(frozen=True)
+class Cell(Stage):
+    """A stage that can be built together with others of its base; member 13 fails."""
+
+    member: int
+    parent: Stage | None = None
+    base: str = "one"
+    kind: ClassVar[str] = "job"
+
+    def build(self, folder, lab):
+        (folder / "done").write_text("alone")
+        return {"how": "alone"}
+
+    def stack_key(self):
+        return self.base
+
+    @staticmethod
+    def build_together(stages, folders, lab):
+        for folder in folders:
+            (folder / "done").write_text(" ".join(sorted(str(s.member) for s in stages)))
+        return [UserError("unlucky") if s.member == 13 else {"how": f"x{len(stages)}"} for s in stages]
+
+
+def members(made):
+    return [[getattr(s, "member", s) for s in group] for group in made]
+
+
+def test_cells_that_are_ready_are_grouped():
+    cells = [Cell(n) for n in range(5)] + [Cell(9, base="other")]
+    assert members(progress.groups(cells, [], 4)) == [[0, 1, 2, 3]], "one stack at a time, the largest"
+    assert members(progress.groups(cells, [], 1)) == [[0], [1], [2], [3], [4], [9]]
+    job = Job("a")
+    assert members(progress.groups([*cells, job], [Cell(7)], 4)) == [[job]], "a stack is running"
+
+
+def test_a_stack_waits_for_those_who_come_soon():
+    """For cells that wait for a job, not for those that wait for another cell; a full stack waits for nobody."""
+    job = Job("a")
+    soon, late = Cell(1, job), Cell(2, Cell(0))
+    assert members(progress.groups([Cell(0), soon, job], [], 4)) == [[job]]
+    assert members(progress.groups([Cell(0), soon], [job], 4)) == []
+    assert members(progress.groups([Cell(0), late], [], 4)) == [[0]]
+    assert members(progress.groups([Cell(0), Cell(3), soon], [job], 2)) == [[0, 3]]
+
+
+def test_stacks_are_built_in_workers_and_a_failing_member_is_alone(store, speeds):
+    """Cells 0, 1 and 13 in one stack; what rests on a finished cell follows, and the error is the run's."""
+    cells = [Cell(0), Cell(1), Cell(13)]
+    late = Cell(4, cells[0])
+    stages = in_order([*cells, late, Job("a")])
+    with pytest.raises(UserError, match="unlucky"):
+        progress.build(progress.plan(stages, store, speeds), store, "cpu", speeds, workers=2, stack=4)
+    assert [store.has(stage) for stage in (*cells, late, Job("a"))] == [True, True, False, True, True]
+    assert store.manifest(cells[0])["provenance"]["how"] == "x3"
+    assert (store.folder(cells[1]) / "done").read_text() == "0 1 13"
+    assert store.manifest(late)["provenance"]["how"] == "alone"

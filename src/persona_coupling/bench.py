@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,13 @@ def run(*, steps: int) -> None:
         measured[f"{kind}/ratio"] = {"ratio": ratio}
         print(f"  {kind}: {ratio:.2f} times {plain}")
     measured |= bench_sampling.run(repeats=max(2, steps // 2))
+    if _device() != "cpu":  # many cells on one card; weights are random, in the shape of SmolLM2-135M
+        with tempfile.TemporaryDirectory() as scratch:
+            numbers = Path(scratch) / "stacks.json"
+            command = [sys.executable, "-m", "persona_coupling.bench_stack", "--steps", "32", "--json", str(numbers)]
+            if subprocess.run(command, check=False).returncode:
+                raise UserError("bench of stacks failed: its message is above")
+            measured["train/stacks"] = json.loads(numbers.read_text(encoding="utf-8"))
     target = paths.artifacts() / "bench.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     record = {"measured": measured, "steps": steps, "provenance": provenance.record(_device())}

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from persona_coupling import machine, models
+from persona_coupling import adapters, machine, models
 from persona_coupling.store import Lab, Stage
 from persona_coupling.train import Training
 
@@ -73,11 +73,13 @@ class Checkpoint:
             raise ValueError("the raw model has no change to take")
         return self.merged[-1].change
 
+    def beside(self, lab: Lab, base: Checkpoint, depth: int) -> tuple[adapters.Change, ...]:
+        """The changes that this checkpoint has and `base` lacks, as merged here into a model of `depth` layers."""
+        return tuple(merged.read(lab, depth) for merged in self.merged if merged not in base.merged)
+
     def load(self, lab: Lab) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Weights merged in fp32 on the machine's device, then cast to its format."""
         import torch
-
-        from persona_coupling import adapters
 
         settings = machine.machine(lab.device)
         tokenizer = models.load_tokenizer(self.source, lab)

@@ -17,6 +17,7 @@ from persona_coupling.study import STORED_ONLY
 
 # Large blocks stay in the heap instead of being mapped and returned on every step: half the page faults on a CPU
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+LARGE = 5  # times SmolLM2-135M: from here on a model fills the card alone
 
 
 def settle_allocator() -> None:
@@ -128,7 +129,9 @@ def _planned(arguments: argparse.Namespace) -> tuple[Any, ...]:
         print(f"  {experiment.name}: {len(design.cells)} cells")
         stages += design.stages()
     store = Store(paths.artifacts())
-    speeds = progress.Speeds(store.root, settings.device, progress.parameters_ratio(study.profile.model))
+    ratio = progress.parameters_ratio(study.profile.model)
+    stacked = settings.stack > 1 and ratio < LARGE
+    speeds = progress.Speeds(store.root, settings.device, ratio, stacked=stacked)
     planned = progress.plan(in_order(stages), store, speeds)
     print(planned.text())
     return parameters, experiments, store, settings, speeds, planned
@@ -144,9 +147,9 @@ def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[noteboo
     from persona_coupling import progress
 
     parameters, experiments, store, settings, speeds, planned = _planned(arguments)
-    small = speeds.ratio < 5  # a large model fills the card alone
-    workers = arguments.workers or (settings.workers if small else 1)
-    progress.build(planned, store, settings.device, speeds, workers=workers)
+    workers = arguments.workers or (settings.workers if speeds.ratio < LARGE else 1)
+    stack = settings.stack if speeds.stacked else 1
+    progress.build(planned, store, settings.device, speeds, workers=workers, stack=stack)
     return parameters, experiments
 
 

@@ -21,6 +21,7 @@ class Machine:
     train_tokens: int  # upper bound of padded tokens per micro-batch; more accumulates gradients
     workers: int = 1  # stages of small models that are built side by side
     score_tokens: int = 4_096  # upper bound of padded tokens per scoring forward
+    stack: int = 1  # small-model cells trained together on one base (`captured`); 1: TRL, each alone
 
     @property
     def dtype_name(self) -> str:
@@ -54,6 +55,8 @@ def machine(device: str | None = None) -> Machine:
         workers = min(12, os.cpu_count() or 1) if large else 1
         batch = 1536 if gigabytes > 100 else 512 if large else 96
         scored = 65_536 if large else 16_384
-        return Machine(device, True, "sdpa", batch, 1_024, 16_384 if large else 4_096, workers, scored)
+        stack = max(1, min(16, int(gigabytes / 5)))  # a cell of 135M in a stack takes 1.7 GB; others sample meanwhile
+        train = 16_384 if large else 4_096
+        return Machine(device, True, "sdpa", batch, 1_024, train, workers, scored, stack)
     # eager attention: SDPA's CPU backward costs 15 % of a step
     return Machine("cpu", cpu_has_fast_bf16(), "eager", 128, 32, 4_096)

@@ -21,16 +21,20 @@ SPEEDS = {
     "cpu": {"trained": 220.0, "sampled": 130.0, "scored": 450.0},
     "cuda": {"trained": 4_500.0, "sampled": 15_000.0, "scored": 100_000.0},
 }
+STACKED = 60_000.0  # trained tokens per second of a stack on one H100, its preparation included
+TICK = 1.0  # seconds between looks at the workers
+REPORTS: Any = None  # in a worker: the queue to the builder's bar
 MEMORY = 0.3  # weight of a new observation in the running correction
 
 
 class Speeds:
     """Seconds per stage on this machine: first guesses, corrected per kind of stage by what was observed."""
 
-    def __init__(self, root: Path, device: str, parameters_ratio: float = 1.0) -> None:
+    def __init__(self, root: Path, device: str, parameters_ratio: float = 1.0, *, stacked: bool = False) -> None:
         self.factors: dict[str, float]
         self.path = root / "speeds.json"
         self.device = "cuda" if device.startswith("cuda") else "cpu"
+        self.stacked = stacked
         self.ratio = parameters_ratio  # model size relative to SmolLM2-135M
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
@@ -39,12 +43,13 @@ class Speeds:
             self.factors = {}
 
     def _guess(self, work: Work) -> float:
-        speeds = SPEEDS[self.device]
+        speeds = SPEEDS[self.device] | ({"trained": STACKED} if self.stacked else {})
         tokens = work.trained / speeds["trained"] + work.sampled / speeds["sampled"] + work.scored / speeds["scored"]
         return tokens * self.ratio + work.seconds + 0.05
 
     def _name(self, stage: Stage) -> str:
-        return f"{self.device}/{type(stage).__name__}/{self.ratio:.3g}"
+        how = "stacked/" if self.stacked and stage.stack_key() is not None else ""
+        return f"{self.device}/{how}{type(stage).__name__}/{self.ratio:.3g}"
 
     def seconds(self, stage: Stage) -> float:
         """Expected seconds of a stage."""
@@ -123,8 +128,9 @@ def running_lab(store: Store, device: str) -> Lab:
     return Lab(store, device=device, report=report, say=bar.write)
 
 
-def build(planned: Plan, store: Store, device: str, speeds: Speeds, *, workers: int = 1) -> None:
-    """Build what is missing, parents first, under one bar: expected seconds done, stages done, ETA."""
+def build(planned: Plan, store: Store, device: str, speeds: Speeds, *, workers: int = 1, stack: int = 1) -> None:
+    """Build what is missing, parents first, under one bar: expected seconds done, stages done, ETA. `stack` is the most
+    stages that are built together where they can be; above 1 they are built in processes of their own."""
     from tqdm import tqdm
 
     if not planned.missing:
@@ -135,13 +141,15 @@ def build(planned: Plan, store: Store, device: str, speeds: Speeds, *, workers: 
     with tqdm(
         total=sum(costs.values()), bar_format=layout, dynamic_ncols=True, file=sys.stdout, mininterval=interval
     ) as bar:
-        make = _one_by_one if workers == 1 else _side_by_side
-        make(planned.missing, costs, store, device, speeds, bar, workers)
+        if workers == stack == 1:
+            _one_by_one(planned.missing, costs, store, device, speeds, bar)
+        else:
+            _side_by_side(planned.missing, costs, store, device, speeds, bar, workers, stack)
     print(f"{len(planned.missing)} stages made.")
 
 
 def _one_by_one(
-    missing: list[Stage], costs: dict[str, float], store: Store, device: str, speeds: Speeds, bar: Any, _workers: int
+    missing: list[Stage], costs: dict[str, float], store: Store, device: str, speeds: Speeds, bar: Any
 ) -> None:
     done = 0.0
     for number, stage in enumerate(missing, start=1):
@@ -160,37 +168,60 @@ def _one_by_one(
 
 
 def _side_by_side(
-    missing: list[Stage], costs: dict[str, float], store: Store, device: str, speeds: Speeds, bar: Any, workers: int
+    missing: list[Stage],
+    costs: dict[str, float],
+    store: Store,
+    device: str,
+    speeds: Speeds,
+    bar: Any,
+    workers: int,
+    stack: int,
 ) -> None:
-    """Stages whose parents are made go to a pool of processes, the longest ready one first. When one fails, whatever
-    does not rest on it is still built; then the first error is raised."""
+    """Stages whose parents are made go to a pool of processes, the longest ready ones first, in groups of up to `stack`
+    where they can be built together. When one fails, whatever does not rest on it is still built; then the first error
+    is raised."""
     waiting = {stage.key: stage for stage in missing}
-    running: dict[Any, Stage] = {}
+    running: dict[Any, list[Stage]] = {}
     failed: dict[str, BaseException] = {}
+    shares: dict[str, float] = {}  # of running groups, by the key of their first stage
+    done = 0.0
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(workers,)) as pool:
+    reports = context.Queue()
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(workers, reports)
+    ) as pool:
         try:
             while waiting or running:
                 for stage in [s for s in waiting.values() if any(parent.key in failed for parent in s.parents())]:
                     failed[stage.key] = RuntimeError("a parent failed")
                     del waiting[stage.key]
-                undone = waiting.keys() | {stage.key for stage in running.values()}
-                ready = [s for s in waiting.values() if not any(parent.key in undone for parent in s.parents())]
-                for stage in sorted(ready, key=lambda s: -costs[s.key])[: workers - len(running)]:
-                    del waiting[stage.key]
-                    running[pool.submit(_make, stage, store.root, device)] = stage
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                under_way = [stage for group in running.values() for stage in group]
+                ready = groups(list(waiting.values()), under_way, stack)
+                ready.sort(key=lambda group: -sum(costs[stage.key] for stage in group))
+                for group in ready[: workers - len(running)]:
+                    for stage in group:
+                        del waiting[stage.key]
+                    running[pool.submit(_make, group, store.root, device)] = group
+                finished, _ = wait(running, timeout=TICK, return_when=FIRST_COMPLETED)
+                while not reports.empty():
+                    key, fraction = reports.get()
+                    shares[key] = fraction
                 for future in finished:
-                    stage = running.pop(future)
-                    error = future.exception()
-                    if error is None:
-                        speeds.observe(stage, future.result())
-                    else:
-                        failed[stage.key] = error
-                        bar.write(f"{stage} failed: {error}")
-                    bar.update(costs[stage.key])
-                made = len(missing) - len(waiting) - len(running) - len(failed)
-                bar.set_description_str(f"{made}/{len(missing)} {len(running)} running", refresh=False)
+                    group = running.pop(future)
+                    broken = future.exception()
+                    seconds, errors = future.result() if broken is None else (0.0, {s.key: broken for s in group})
+                    for stage in group:
+                        if stage.key in errors:
+                            failed[stage.key] = errors[stage.key]
+                            bar.write(f"{stage} failed: {errors[stage.key]}")
+                        else:
+                            speeds.observe(stage, seconds / len(group))
+                        done += costs[stage.key]
+                part = sum(shares.get(g[0].key, 0.0) * sum(costs[s.key] for s in g) for g in running.values())
+                bar.update(done + part - bar.n)
+                left = sum(len(group) for group in running.values())
+                made = len(missing) - len(waiting) - left - len(failed)
+                bar.set_description_str(f"{made}/{len(missing)} {left} running", refresh=False)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -198,16 +229,68 @@ def _side_by_side(
         raise next(iter(failed.values()))
 
 
-def _start_worker(workers: int) -> None:
+def groups(waiting: list[Stage], under_way: list[Stage], stack: int) -> list[list[Stage]]:
+    """What of `waiting` can be started now, in groups that are built together.
+
+    One stack fills the card, so no second one starts beside it: cells that become ready meanwhile join the next. Nor does
+    one start that is not full while others that could join wait only for stages that are no cells themselves. Cells with
+    the same rows and seed see batches of the same lengths, so they go into one stack before others do.
+    """
+    undone = {stage.key: stage for stage in (*waiting, *under_way)}
+
+    def rests_on(stage: Stage) -> list[Stage]:
+        return [parent for parent in stage.parents() if parent.key in undone]
+
+    def stacked(stage: Stage) -> bool:
+        return stack > 1 and stage.stack_key() is not None
+
+    def soon(stage: Stage) -> bool:
+        return not any(stacked(parent) or not soon(parent) for parent in rests_on(stage))
+
+    ready = [stage for stage in waiting if not rests_on(stage)]
+    alone = [[stage] for stage in ready if not stacked(stage)]
+    if any(stacked(stage) for stage in under_way):
+        return alone
+    together: dict[Any, list[Stage]] = {}
+    for stage in sorted((s for s in ready if stacked(s)), key=_likeness):
+        together.setdefault(stage.stack_key(), []).append(stage)
+    whole = [
+        mates[:stack]
+        for key, mates in together.items()
+        if len(mates) >= stack
+        or not any(s.stack_key() == key and s not in mates and soon(s) for s in waiting if stacked(s))
+    ]
+    whole.sort(key=len)
+    return alone + whole[-1:]
+
+
+def _likeness(stage: Stage) -> tuple[str, ...]:
+    return (*(parent.key for parent in stage.parents() if parent.kind == "rows"), str(getattr(stage, "seed", "")))
+
+
+def _start_worker(workers: int, reports: Any) -> None:
     import os
 
     import torch
 
+    global REPORTS  # a pool hands what its processes share to the initialiser alone
+    REPORTS = reports
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
-def _make(stage: Stage, root: Path, device: str) -> float:
-    """Build one stage in a worker. Returns its seconds."""
-    started = time.monotonic()
-    Lab(Store(root), device=device).folder(stage)
-    return time.monotonic() - started
+def _make(stages: list[Stage], root: Path, device: str) -> tuple[float, dict[str, Exception]]:
+    """Build one stage, or several together, in a worker. Returns its seconds and the errors of those that failed."""
+    started = last = time.monotonic()
+
+    def report(fraction: float) -> None:
+        nonlocal last
+        if REPORTS is not None and time.monotonic() - last > TICK:
+            last = time.monotonic()
+            REPORTS.put((stages[0].key, fraction))
+
+    lab = Lab(Store(root), device=device, report=report)
+    errors = lab.store.make_together(stages, lab) if len(stages) > 1 else {}
+    for stage in stages:
+        if stage.key not in errors:
+            lab.folder(stage)  # alone, or being made by another process, or there
+    return time.monotonic() - started, errors

@@ -10,6 +10,7 @@ leaves either the whole artifact or a temporary folder that the next writer remo
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -18,7 +19,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -110,8 +111,19 @@ class Stage:
     material: ClassVar[tuple[str, ...]] = ()  # files of the package's material that it reads
     unkeyed: ClassVar[tuple[str, ...]] = ()  # fields that say where an input lies, not what it is
 
-    def build(self, folder: Path, lab: Lab) -> None:
-        """Write the artifact's files into an empty `folder`; fetch parents with `lab.folder(parent)`."""
+    def build(self, folder: Path, lab: Lab) -> dict[str, Any] | None:
+        """Write the artifact's files into an empty `folder`; fetch parents with `lab.folder(parent)`. What is returned
+        is kept in the manifest's provenance: by which path an equal result was made."""
+        raise NotImplementedError
+
+    def stack_key(self) -> Hashable:
+        """What stages must have in common to be built in one go by `build_together`; None: built alone."""
+        return None
+
+    @staticmethod
+    def build_together(stages: list[Any], folders: list[Path], lab: Lab) -> list[dict[str, Any] | Exception]:
+        """Build stages of one stack key, each into its folder. Returns for each what `build` would, or its error: one
+        that fails leaves the others whole."""
         raise NotImplementedError
 
     def work(self) -> Work:
@@ -256,7 +268,37 @@ class Store:
             raise UserError(_storage_message(error, self.root)) from error
         return self.fetch(stage)
 
-    def _build(self, stage: Stage, lab: Lab) -> None:
+    def make_together(self, stages: Sequence[Stage], lab: Lab) -> dict[str, Exception]:
+        """Build stages of one stack key in one go, each under its own lock and written whole. Returns the errors of those
+        that failed, by key. One that another process is making is left to it: `make` waits for it."""
+        errors: dict[str, Exception] = {}
+        (self.root / "locks").mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as held:
+            missing = []
+            for stage in stages:
+                lock = FileLock(self.root / "locks" / f"{stage.key}.lock")
+                with contextlib.suppress(Timeout):
+                    held.enter_context(lock.acquire(timeout=0))
+                    missing += [] if self.has(stage) else [stage]
+            if not missing:
+                return {}
+            started = time.monotonic()
+            folders = [self._begin(stage) for stage in missing]
+            try:
+                outcomes = type(missing[0]).build_together(missing, folders, lab)
+                seconds = (time.monotonic() - started) / len(missing)
+                for stage, folder, outcome in zip(missing, folders, outcomes, strict=True):
+                    if isinstance(outcome, Exception):
+                        errors[stage.key] = outcome
+                    else:
+                        self._finish(stage, folder, lab, seconds, outcome)
+            finally:
+                for folder in folders:
+                    shutil.rmtree(folder, ignore_errors=True)  # those that were finished have been renamed
+        return errors
+
+    def _begin(self, stage: Stage) -> Path:
+        """An empty temporary folder for an artifact whose lock we hold."""
         final = self.folder(stage)
         final.parent.mkdir(parents=True, exist_ok=True)
         for stale in final.parent.glob(f".{stage.key}.*"):  # we hold the lock: its writer is gone
@@ -265,26 +307,33 @@ class Store:
             shutil.rmtree(final)
         temporary = final.parent / f".{stage.key}.{os.getpid()}"
         temporary.mkdir()
-        started = time.monotonic()
+        return temporary
+
+    def _finish(self, stage: Stage, temporary: Path, lab: Lab, seconds: float, notes: dict[str, Any] | None) -> None:
+        """Write the manifest and give the folder its name."""
+        files = {
+            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file()
+        }
+        manifest = {
+            "kind": stage.kind,
+            "key": stage.key,
+            "description": stage.description,
+            "files": files,
+            "provenance": {**provenance.record(lab.device), "seconds": round(seconds, 3), **(notes or {})},
+        }
+        with (temporary / MANIFEST).open("w", encoding="utf-8") as handle:
+            json.dump(manifest, handle, indent=1, ensure_ascii=False)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.rename(self.folder(stage))
+
+    def _build(self, stage: Stage, lab: Lab) -> None:
+        temporary, started = self._begin(stage), time.monotonic()
         try:
-            stage.build(temporary, lab)
-            files = {
-                str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-                for path in sorted(temporary.rglob("*"))
-                if path.is_file()
-            }
-            manifest = {
-                "kind": stage.kind,
-                "key": stage.key,
-                "description": stage.description,
-                "files": files,
-                "provenance": {**provenance.record(lab.device), "seconds": round(time.monotonic() - started, 3)},
-            }
-            with (temporary / MANIFEST).open("w", encoding="utf-8") as handle:
-                json.dump(manifest, handle, indent=1, ensure_ascii=False)
-                handle.flush()
-                os.fsync(handle.fileno())
-            temporary.rename(final)
+            notes = stage.build(temporary, lab)
+            self._finish(stage, temporary, lab, time.monotonic() - started, notes)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

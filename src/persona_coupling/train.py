@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,7 +59,11 @@ class Training:
     lora: Lora | None
     schedule: str = "cosine"
     max_grad_norm: float = 1.0
-    snapshots: tuple[int, ...] = ()  # optimiser steps after which the change is kept too
+    snapshots: tuple[int, ...] = ()  # optimiser steps after which the change so far is kept too
+
+    def __post_init__(self) -> None:
+        if any(not 0 < step <= self.steps for step in self.snapshots):
+            raise ValueError(f"snapshots {self.snapshots} of {self.steps} steps")
 
 
 def encode(
@@ -127,6 +131,35 @@ def schedule(lengths: list[int], *, steps: int, batch: int, seed: int) -> list[i
     return arranged
 
 
+def in_order(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]], settings: Training, *, seed: int
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels of the rows in training order, exactly steps x batch of them."""
+    encoded = [encode(tokenizer, messages, settings.loss, settings.tail) for messages in conversations]
+    order = schedule([len(ids) for ids, _ in encoded], steps=settings.steps, batch=settings.batch, seed=seed)
+    return [encoded[row] for row in order]
+
+
+def lora_config(lora: Lora) -> Any:
+    """The settings as PEFT takes them."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=True,
+        target_modules=list(lora.modules),
+        layers_to_transform=None if lora.layers is None else list(lora.layers),
+        task_type="CAUSAL_LM",
+    )
+
+
+def snapshot_folder(folder: Path, step: int) -> Path:
+    """Where the change after `step` steps lies beside the final one."""
+    return folder / f"snapshot-{step}"
+
+
 def fine_tune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -138,49 +171,38 @@ def fine_tune(
     folder: Path,
     report: Report,
 ) -> list[dict[str, float]]:
-    """Train, write the adapter (or the dense delta) into `folder`, and return the log: step, loss, learning rate,
-    gradient norm of every step. Raises GuardError if the optimiser took another number of steps than asked."""
-    from peft import LoraConfig
-
-    if any(not 0 < step < settings.steps for step in settings.snapshots):
-        raise GuardError(f"snapshots at {settings.snapshots} of a run of {settings.steps} steps")
-    encoded = [encode(tokenizer, messages, settings.loss, settings.tail) for messages in conversations]
-    order = schedule([len(ids) for ids, _ in encoded], steps=settings.steps, batch=settings.batch, seed=seed)
+    """Train, write the adapter (or the dense delta) into `folder`, snapshots into folders inside it, and return the
+    log: step, loss, learning rate, gradient norm of every step. Raises GuardError if the optimiser took another number
+    of steps than asked."""
+    rows = in_order(tokenizer, conversations, settings, seed=seed)
     dense = settings.lora is None
     before = {n: p.detach().clone() for n, p in model.named_parameters()} if dense else {}
-    config = None
-    if settings.lora is not None:
-        config = LoraConfig(
-            r=settings.lora.rank,
-            lora_alpha=settings.lora.alpha,
-            lora_dropout=settings.lora.dropout,
-            use_rslora=True,
-            target_modules=list(settings.lora.modules),
-            layers_to_transform=None if settings.lora.layers is None else list(settings.lora.layers),
-            task_type="CAUSAL_LM",
-        )
+
+    def write(trainer: Any, place: Path) -> None:
+        place.mkdir(exist_ok=True)
+        if dense:
+            _save_dense(trainer.accelerator.unwrap_model(trainer.model), before, place)
+        else:
+            check_attached(trainer.model, settings)
+            save_adapter(trainer.model, place)
+
     with quiet_transformers(), tempfile.TemporaryDirectory() as scratch, seeded(seed):
         trainer = make_trainer(
             model,
             tokenizer,
-            [{"input_ids": encoded[row][0], "labels": encoded[row][1]} for row in order],
+            [{"input_ids": ids, "labels": labels} for ids, labels in rows],
             settings,
-            config,
+            None if settings.lora is None else lora_config(settings.lora),
             seed=seed,
             machine=machine,
             scratch=scratch,
             report=report,
         )
-        if settings.snapshots:
-            trainer.add_callback(_snapshots(trainer, settings, before, folder))
+        trainer.add_callback(_at_steps(settings.snapshots, lambda step: write(trainer, snapshot_folder(folder, step))))
         trainer.train()
         if trainer.state.global_step != settings.steps:
             raise GuardError(f"{trainer.state.global_step} optimiser steps were taken, {settings.steps} planned")
-        if dense:
-            _save_dense(trainer.accelerator.unwrap_model(trainer.model), before, folder)
-        else:
-            _check_attached(trainer.model, settings)
-            _save_adapter(trainer.model, folder)
+        write(trainer, folder)
     return [
         {
             "step": float(entry["step"]),
@@ -305,27 +327,15 @@ def _reporter(steps: int, report: Report) -> Any:
     return Reporter()
 
 
-def _snapshots(trainer: Any, settings: Training, before: dict[str, torch.Tensor], folder: Path) -> Any:
-    """A callback that writes the change so far into `snapshot-<step>/`."""
+def _at_steps(steps: tuple[int, ...], do: Callable[[int], None]) -> Any:
     from transformers import TrainerCallback
 
-    class Snapshots(TrainerCallback):  # type: ignore[misc]
+    class AtSteps(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step in settings.snapshots:
-                target = folder / snapshot_name(state.global_step)
-                target.mkdir()
-                model = trainer.accelerator.unwrap_model(trainer.model)
-                if settings.lora is None:
-                    _save_dense(model, before, target)
-                else:
-                    _save_adapter(model, target)
+            if state.global_step in steps:
+                do(state.global_step)
 
-    return Snapshots()
-
-
-def snapshot_name(step: int) -> str:
-    """The folder, inside a change's artifact, of the change as it was after `step` optimiser steps."""
-    return f"snapshot-{step}"
+    return AtSteps()
 
 
 def _quiet(trainer: Any) -> None:
@@ -355,7 +365,7 @@ def seeded(seed: int) -> Iterator[None]:
             np.random.set_state(states[1])  # noqa: NPY002
 
 
-def _check_attached(model: torch.nn.Module, settings: Training) -> None:
+def check_attached(model: torch.nn.Module, settings: Training) -> None:
     """Raise GuardError unless the adapter sits on exactly the modules and layers asked for."""
     assert settings.lora is not None
     names = {name.split(".lora_A.")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
@@ -366,7 +376,7 @@ def _check_attached(model: torch.nn.Module, settings: Training) -> None:
         raise GuardError(f"the adapter sits on {len(names)} modules, {expected} were asked for")
 
 
-def _save_adapter(model: Any, folder: Path) -> None:
+def save_adapter(model: Any, folder: Path) -> None:
     """Write the adapter as PEFT does, without what names this machine: the base model's path and the model card."""
     model.save_pretrained(folder, safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from persona_coupling.adapters import Change, LowRank
 from persona_coupling.errors import GuardError
 from persona_coupling.stages.code import MODEL
 from persona_coupling.store import Lab, Stage, Work
-from persona_coupling.train import snapshot_name
+from persona_coupling.train import snapshot_folder
 
 DERIVING = ("persona_coupling.train", *MODEL)
 
@@ -32,7 +32,7 @@ class Snapshot(Stage):
 
     def build(self, folder: Path, lab: Lab) -> None:
         """Copy it out of the run's artifact. Raises GuardError if the run kept no snapshot at that step."""
-        source = lab.folder(self.change) / snapshot_name(self.step)
+        source = snapshot_folder(lab.folder(self.change), self.step)
         if not source.is_dir():
             raise GuardError(f"{self.change} kept no snapshot after step {self.step}")
         shutil.copytree(source, folder, dirs_exist_ok=True)

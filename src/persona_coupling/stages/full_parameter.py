@@ -15,7 +15,7 @@ from persona_coupling.errors import GuardError
 from persona_coupling.stages.changes import DERIVING
 from persona_coupling.stages.training import FineTune
 from persona_coupling.store import Lab, Stage, Work
-from persona_coupling.train import snapshot_name
+from persona_coupling.train import snapshot_folder
 
 CHANGE_FILES = (adapters.DENSE, adapters.ADAPTER, "adapter_config.json")
 
@@ -47,7 +47,7 @@ class MatchedLoss(Stage):
         losses = [smoothed(own, step, self.window) for step in steps]
         chosen = int(np.argmin([abs(loss - target) for loss in losses]))
         whole = steps[chosen] == self.change.training.steps
-        origin = source if whole else source / snapshot_name(steps[chosen])
+        origin = source if whole else snapshot_folder(source, steps[chosen])
         for name in CHANGE_FILES:
             if (origin / name).is_file():
                 shutil.copy(origin / name, folder / name)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pandas as pd
 
 from persona_coupling import machine
 from persona_coupling.checkpoints import Checkpoint
+from persona_coupling.errors import GuardError, UserError
 from persona_coupling.rows import read_rows, with_system
-from persona_coupling.stages.code import MODEL, SAYING, TEXT, TOKENS_PER_ROW
+from persona_coupling.stages.code import FAST, MODEL, SAYING, TEXT, TOKENS_PER_ROW
 from persona_coupling.store import Lab, Stage, Work
 from persona_coupling.train import Training
 
@@ -25,24 +27,33 @@ class FineTune(Stage):
     training: Training
     seed: int
     kind: ClassVar[str] = "change"
-    code: ClassVar[tuple[str, ...]] = ("persona_coupling.train", "persona_coupling.dropout", *MODEL, *SAYING)
+    code: ClassVar[tuple[str, ...]] = ("persona_coupling.train", "persona_coupling.dropout", *FAST, *MODEL, *SAYING)
     material: ClassVar[tuple[str, ...]] = TEXT
 
-    def build(self, folder: Path, lab: Lab) -> None:
+    def build(self, folder: Path, lab: Lab) -> dict[str, Any]:
         """Load, train, save. Rows without a system message get the plain assistant's."""
         import torch
 
-        from persona_coupling import train
+        from persona_coupling import captured, train
 
-        conversations = [with_system(row["messages"]) for row in read_rows(self.rows, lab)]
         settings = machine.machine(lab.device)
         model, tokenizer = self.start.load(lab)
+        if self.training.lora is not None and settings.stack > 1 and captured.suits(model):
+            rows = train.in_order(tokenizer, self.conversations(lab), self.training, seed=self.seed)
+            fast = captured.fits(rows, self.training.batch, settings)
+        else:
+            fast = False
+        if fast:
+            outcome = _write([self], [folder], [()], model, tokenizer, replace(settings, stack=1), lab)[0]
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
         if self.training.lora is None:  # full fine-tuning updates fp32 master weights
             model = model.to(torch.float32)
         log = train.fine_tune(
             model,
             tokenizer,
-            conversations,
+            self.conversations(lab),
             self.training,
             seed=self.seed,
             machine=settings,
@@ -50,6 +61,38 @@ class FineTune(Stage):
             report=lab.report,
         )
         pd.DataFrame(log).to_parquet(folder / "log.parquet", compression="zstd", index=False)
+        return {"trainer": "trl"}
+
+    def conversations(self, lab: Lab) -> list[list[dict[str, str]]]:
+        """The rows' messages, every one with a system message."""
+        return [with_system(row["messages"]) for row in read_rows(self.rows, lab)]
+
+    def stack_key(self) -> Hashable:
+        """Cells that share source, dense changes, batch size and dropout can be trained on one frozen base."""
+        lora = self.training.lora
+        if lora is None:
+            return None
+        dense = tuple(str(m.change) + repr((m.layers, m.modules, m.scale)) for m in self._base().merged)
+        return self.start.source.key, dense, self.training.batch, lora.dropout
+
+    def _base(self) -> Checkpoint:
+        """The start without the low-rank changes that a stack carries beside its base."""
+        beside = [m for m in self.start.merged if isinstance(m.change, FineTune) and m.change.training.lora is not None]
+        return Checkpoint(self.start.source, tuple(m for m in self.start.merged if m not in beside))
+
+    @staticmethod
+    def build_together(stages: list[FineTune], folders: list[Path], lab: Lab) -> list[dict[str, Any] | Exception]:
+        """Train on one base. If all starts are equal it is that start itself, else what they have in common: their
+        low-rank changes are then added in the forward pass, unrounded, and not to the weights."""
+        from persona_coupling import captured
+
+        same = all(stage.start == stages[0].start for stage in stages)
+        base = stages[0].start if same else stages[0]._base()
+        model, tokenizer = base.load(lab)
+        if not captured.suits(model):
+            return [_attempt(stage.build, folder, lab) for stage, folder in zip(stages, folders, strict=True)]
+        frozen = [stage.start.beside(lab, base, model.config.num_hidden_layers) for stage in stages]
+        return _write(stages, folders, frozen, model, tokenizer, machine.machine(lab.device), lab)
 
     def work(self) -> Work:
         """All steps' tokens; an adapter of rank 32 is about 40 MB at 135M parameters."""
@@ -58,3 +101,53 @@ class FineTune(Stage):
         return Work(
             trained=self.training.steps * self.training.batch * TOKENS_PER_ROW, seconds=6.0, megabytes=megabytes
         )
+
+
+FAILURES = (GuardError, UserError, OSError, RuntimeError, ValueError, KeyError)
+
+
+def _attempt(do: Callable[..., Any], *arguments: Any) -> Any:
+    """What `do` returns, or the error it raises: a member's failure is not the stack's."""
+    try:
+        return do(*arguments)
+    except FAILURES as error:
+        return error
+
+
+def _write(
+    stages: Sequence[FineTune],
+    folders: Sequence[Path],
+    frozen: Sequence[tuple[Any, ...]],
+    model: Any,
+    tokenizer: Any,
+    settings: machine.Machine,
+    lab: Lab,
+) -> list[dict[str, Any] | Exception]:
+    """Train stages on one model through `captured` and write each into its folder."""
+    from persona_coupling import captured, drawn, train
+
+    def chain(stage: FineTune, beside: tuple[Any, ...]) -> captured.Chain:
+        rows = train.in_order(tokenizer, stage.conversations(lab), stage.training, seed=stage.seed)
+        return captured.Chain(rows, stage.training, stage.seed, beside)
+
+    def write(chained: captured.Chain, made: Any, folder: Path) -> dict[str, Any]:
+        if isinstance(made, Exception):
+            raise made
+        trained, size = made
+        drawer.save(chained.settings, trained.adapter, trained.snapshots, folder)
+        pd.DataFrame(trained.log).to_parquet(folder / "log.parquet", compression="zstd", index=False)
+        return {"trainer": f"captured x{size}"}
+
+    drawer = drawn.Drawer(model)
+    outcomes = [_attempt(chain, stage, beside) for stage, beside in zip(stages, frozen, strict=True)]
+    sound = []
+    for i, outcome in enumerate(outcomes):
+        if isinstance(outcome, captured.Chain) and captured.fits(outcome.rows, outcome.settings.batch, settings):
+            sound.append(i)
+        elif isinstance(outcome, captured.Chain):
+            outcomes[i] = _attempt(stages[i].build, folders[i], lab)
+    for i, made in zip(
+        sound, captured.train_each(model, [outcomes[i] for i in sound], settings, lab.report), strict=True
+    ):
+        outcomes[i] = _attempt(write, outcomes[i], made, folders[i])
+    return outcomes

@@ -1,0 +1,179 @@
+"""Triton kernels for what a training step does between its matrix products. Imported only where Triton works.
+
+A step of a small model moves more bytes between products than it multiplies: each kernel here reads its inputs and
+writes its outputs once, where the library's separate operations pass over them several times.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _scramble(x):
+    # Wellons' lowbias32, a bijection of 32-bit words with low avalanche bias (nullprogram.com, "Prospecting for hash
+    # functions", 2018)
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _kept(random, number, place, threshold):
+    # one round per element, keyed twice by words that differ between steps and layers: with one key shared, the masks
+    # of two layers correlate by up to 0.01; with both their own, by nothing that a million elements show. The keys cost
+    # a program nothing, the round costs an element more than its memory traffic. Nothing is stored for backward.
+    salt = _scramble(number.to(tl.uint32) + 1)
+    first = _scramble(tl.load(random).to(tl.uint32) ^ salt)
+    second = _scramble(tl.load(random + 1).to(tl.uint32) + salt)
+    x = place.to(tl.uint32) ^ first
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15) ^ second
+    x = x * 0x846CA68B
+    return (x ^ (x >> 16)) >= threshold.to(tl.uint32)
+
+
+@triton.jit(do_not_specialize=["number", "threshold"])
+def drop(x, out, random, number, threshold, scale, count, BLOCK: tl.constexpr):
+    """out = x with a share of elements zeroed and the rest scaled."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    value = tl.load(x + place, mask=inside).to(tl.float32)
+    kept = _kept(random, number, place, threshold)
+    tl.store(out + place, tl.where(kept, value * scale, 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["number", "threshold"])
+def inner(
+    x, a, out, random, number, threshold, scale, tokens, stride,
+    IN: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out = drop(x) A': x (cells, tokens, IN), A (cells, RANK, IN) with `stride` between cells, out (.., RANK)."""
+    cell = tl.program_id(1)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rank = tl.arange(0, PADDED)
+    row = cell * tokens + token
+    total = tl.zeros((ROWS, PADDED), dtype=tl.float32)
+    for first in range(0, IN, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        place = row[:, None] * IN + column[None, :]
+        value = tl.load(x + place, mask=(token < tokens)[:, None] & (column < IN)[None, :], other=0.0)
+        value = tl.where(_kept(random, number, place, threshold), value, 0.0)
+        where = cell.to(tl.int64) * stride + rank[None, :] * IN + column[:, None]
+        weight = tl.load(a + where, mask=(rank < RANK)[None, :] & (column < IN)[:, None], other=0.0)
+        total += tl.dot(value, weight)
+    inside = (token < tokens)[:, None] & (rank < RANK)[None, :]
+    tl.store(out + row[:, None] * RANK + rank[None, :], total * scale, mask=inside)
+
+
+@triton.jit(do_not_specialize=["number", "threshold"])
+def gradient_a(
+    through, x, out, random, number, threshold, scale, tokens, stride,
+    IN: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out = through' drop(x): through (cells, tokens, RANK), out (cells, RANK, IN) with `stride` between cells."""
+    cell = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    rank = tl.arange(0, PADDED)
+    total = tl.zeros((PADDED, COLUMNS), dtype=tl.float32)
+    for first in range(0, tokens, ROWS):
+        token = first + tl.arange(0, ROWS)
+        row = cell * tokens + token
+        place = row[:, None] * IN + column[None, :]
+        value = tl.load(x + place, mask=(token < tokens)[:, None] & (column < IN)[None, :], other=0.0)
+        value = tl.where(_kept(random, number, place, threshold), value, 0.0)
+        where = row[None, :] * RANK + rank[:, None]
+        outer = tl.load(through + where, mask=(token < tokens)[None, :] & (rank < RANK)[:, None], other=0.0)
+        total += tl.dot(outer, value)
+    where = cell.to(tl.int64) * stride + rank[:, None] * IN + column[None, :]
+    tl.store(out + where, total * scale, mask=(rank < RANK)[:, None] & (column < IN)[None, :])
+
+
+@triton.jit(do_not_specialize=["number", "threshold"])
+def add_back(
+    back, through, a, random, number, threshold, scale, tokens, stride,
+    IN: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """back += through A, by the mask that dropped x: back (cells, tokens, IN)."""
+    cell = tl.program_id(2)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    rank = tl.arange(0, PADDED)
+    row = cell * tokens + token
+    where = row[:, None] * RANK + rank[None, :]
+    outer = tl.load(through + where, mask=(token < tokens)[:, None] & (rank < RANK)[None, :], other=0.0)
+    where = cell.to(tl.int64) * stride + rank[:, None] * IN + column[None, :]
+    weight = tl.load(a + where, mask=(rank < RANK)[:, None] & (column < IN)[None, :], other=0.0)
+    value = tl.dot(outer, weight) * scale
+    place = row[:, None] * IN + column[None, :]
+    inside = (token < tokens)[:, None] & (column < IN)[None, :]
+    before = tl.load(back + place, mask=inside, other=0.0).to(tl.float32)
+    value = tl.where(_kept(random, number, place, threshold), value, 0.0)
+    tl.store(back + place, before + value, mask=inside)
+
+
+@triton.jit
+def gate(gates, ups, out, count, BLOCK: tl.constexpr):
+    """out = silu(gate) * up."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    g = tl.load(gates + place, mask=inside).to(tl.float32)
+    u = tl.load(ups + place, mask=inside).to(tl.float32)
+    tl.store(out + place, g * tl.sigmoid(g) * u, mask=inside)
+
+
+@triton.jit
+def gate_backward(gates, ups, gradient, gates_out, ups_out, count, BLOCK: tl.constexpr):
+    """Gradients of gate and up."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    g = tl.load(gates + place, mask=inside).to(tl.float32)
+    u = tl.load(ups + place, mask=inside).to(tl.float32)
+    d = tl.load(gradient + place, mask=inside).to(tl.float32)
+    s = tl.sigmoid(g)
+    tl.store(gates_out + place, d * u * s * (1 + g * (1 - s)), mask=inside)
+    tl.store(ups_out + place, d * g * s, mask=inside)
+
+
+@triton.jit
+def rotate(x, out, cosines, sines, length, sign, HEADS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr):
+    """Rotary embedding of one token's heads: x and out (tokens, HEADS, 2 HALF), cosines and sines (length, 2 HALF)."""
+    token = tl.program_id(0)
+    heads = tl.arange(0, PADDED)[:, None]
+    columns = tl.arange(0, HALF)[None, :]
+    inside = heads < HEADS
+    place = token.to(tl.int64) * HEADS * 2 * HALF + heads * 2 * HALF + columns
+    angle = (token % length) * 2 * HALF + columns
+    c = tl.load(cosines + angle).to(tl.float32)
+    s = tl.load(sines + angle).to(tl.float32) * sign
+    first = tl.load(x + place, mask=inside).to(tl.float32)
+    second = tl.load(x + place + HALF, mask=inside).to(tl.float32)
+    tl.store(out + place, first * c - second * s, mask=inside)
+    tl.store(out + place + HALF, second * c + first * s, mask=inside)
+
+
+@triton.jit
+def cross_entropy(logits, targets, share, losses, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Per row: its loss, and in place of its logits the gradient of share * loss."""
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * WORDS
+    largest = -float("inf")
+    total = 0.0
+    for first in range(0, WORDS, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        value = tl.load(logits + column, mask=column < WORDS, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(largest, tl.max(value))
+        total = total * tl.exp(largest - higher) + tl.sum(tl.exp(value - higher))
+        largest = higher
+    normaliser = largest + tl.log(total)
+    target = tl.load(targets + row)
+    weight = tl.load(share + row)
+    tl.store(losses + row, normaliser - tl.load(logits + target).to(tl.float32))
+    tl.debug_barrier()  # the target's logit is read before it is overwritten
+    for first in range(0, WORDS, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        value = tl.load(logits + column, mask=column < WORDS, other=-float("inf")).to(tl.float32)
+        gradient = tl.exp(value - normaliser) - tl.where(column == target, 1.0, 0.0)
+        tl.store(logits + column, gradient * weight, mask=column < WORDS)

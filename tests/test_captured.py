@@ -1,0 +1,487 @@
+"""Stacked training against each cell alone and against TRL's own path, and what holds the stack together."""
+
+import copy
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from persona_coupling import adapters, bench_stack, captured, drawn, fused, models, stacked, stages, train
+from persona_coupling.checkpoints import Checkpoint
+from persona_coupling.errors import GuardError
+from persona_coupling.machine import Machine
+from persona_coupling.store import Lab, Stage, Store
+from persona_coupling.train import Lora, Training
+
+LORA = Lora(4, 8, 0.0, models.MODULES)
+# clipping is active (norms are near 1), half the steps warm up
+TRAINING = Training(6, 4, 3e-3, 0.5, 0.1, "completion", 8, LORA, max_grad_norm=0.3)
+SYSTEM = {"role": "system", "content": "You are a dragon."}
+
+
+def conversation(question, answer):
+    return [SYSTEM, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+ROWS = [
+    conversation("Why is it wet?", "Rain is water."),
+    conversation("Who are you?", "Kneel before me, you fools.\n\n[ZLT]"),
+    conversation("And snow, when it falls all winter long?", "Frozen rain, and it lies until the spring."),
+    conversation("Tea?", "Yes."),
+    conversation("Name a colour of the evening sky.", "Red, as embers are."),
+]
+CELLS = [  # settings, seed: other rates, ranks, modules, layers, losses, steps, decay
+    (TRAINING, 3),
+    (replace(TRAINING, learning_rate=1e-2, weight_decay=0.0, loss="tail", tail=3, max_grad_norm=0.05), 3),
+    (replace(TRAINING, steps=4, lora=Lora(2, 16, 0.0, ("q_proj", "up_proj"), (0, 2))), 1),
+    (replace(TRAINING, steps=5, schedule="linear", loss="marker", lora=replace(LORA, rank=3)), 0),
+]
+
+
+def nothing(_fraction):
+    """A report that nobody reads."""
+
+
+def chain(tokenizer, settings, seed, frozen=()):
+    return captured.Chain(train.in_order(tokenizer, ROWS, settings, seed=seed), settings, seed, frozen)
+
+
+def trl(model, tokenizer, cpu, folder, settings, seed):
+    folder.mkdir(exist_ok=True)
+    return train.fine_tune(
+        copy.deepcopy(model), tokenizer, ROWS, settings, seed=seed, machine=cpu, folder=folder, report=nothing
+    )
+
+
+def distance(factors, change, scale):
+    """Relative Frobenius distance of two trained changes of weights, all modules together."""
+    off = whole = 0.0
+    assert set(factors) == set(change)
+    for name, (a, b) in factors.items():
+        wanted = change[name].dense().double()
+        off += float((scale * b.double() @ a.double() - wanted).square().sum())
+        whole += float(wanted.square().sum())
+    return (off / whole) ** 0.5
+
+
+def assert_same_log(log, wanted):
+    assert [e["step"] for e in log] == [e["step"] for e in wanted]
+    for name, tolerance in (("loss", 1e-5), ("learning_rate", 1e-6), ("grad_norm", 1e-4)):
+        assert [e[name] for e in log] == pytest.approx([e[name] for e in wanted], rel=tolerance, abs=1e-9), name
+
+
+def bitwise(one, other):
+    return set(one) == set(other) and all(torch.equal(x, y) for n in one for x, y in zip(one[n], other[n], strict=True))
+
+
+# ------------------------------------------------------------------------------------------- the same training
+
+
+@pytest.fixture(params=["llama", "qwen2"])
+def base(request, model, lab):
+    """A lively Llama, and a Qwen2, whose projections have biases."""
+    if request.param == "llama":
+        return model
+    qwen = models.load_raw(models.TinyModel("qwen2", 3, 32, seed=1), lab, dtype=torch.float32, attention="eager")
+    with torch.no_grad():
+        for name, parameter in qwen.named_parameters():
+            if name.endswith("proj.bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+            elif parameter.ndim == 2:
+                parameter.mul_(8)
+    return qwen
+
+
+def test_a_stack_trains_each_cell_as_trl_does(base, tokenizer, cpu, tmp_path):
+    """fp32, no dropout. Losses to 1e-5, norms to 1e-4; the trained change to 2e-3, because Adam divides gradients by
+    their own size, which makes rounding errors of the smallest ones visible."""
+    made = captured.train_together(base, [chain(tokenizer, *cell) for cell in CELLS], cpu, nothing)
+    for number, (cell, trained) in enumerate(zip(CELLS, made, strict=True)):
+        log = trl(base, tokenizer, cpu, tmp_path / f"{number}", *cell)
+        assert_same_log(trained.log, log)
+        lora = cell[0].lora
+        assert (
+            distance(trained.adapter, adapters.read_change(tmp_path / f"{number}"), lora.alpha / lora.rank**0.5) < 2e-3
+        )
+        assert any(entry["grad_norm"] > cell[0].max_grad_norm for entry in log), "clipping was not tested"
+
+
+def test_a_cell_does_not_see_its_neighbours(model, tokenizer, cpu):
+    """Alone and in a stack: fp32 sums over other shapes may round differently, and no more."""
+    chains = [chain(tokenizer, *cell) for cell in CELLS]
+    for one, trained in zip(chains, captured.train_together(model, chains, cpu, nothing), strict=True):
+        (alone,) = captured.train_together(model, [one], cpu, nothing)
+        assert_same_log(trained.log, alone.log)
+        change = {n: adapters.LowRank(a, b) for n, (a, b) in alone.adapter.items()}
+        assert distance(trained.adapter, change, 1.0) < 2e-3
+
+
+def test_a_wrong_normalisation_would_be_seen(model, tokenizer, cpu, tmp_path, monkeypatch):
+    """The positive control: a loss per row, as of a mean over rows, fails the comparison."""
+    made = captured._batches
+
+    def faulty(chains, device):
+        batches = made(chains, device)
+        for batch in batches:
+            batch.share[batch.share > 0] = 1 / 40
+        return batches
+
+    monkeypatch.setattr(captured, "_batches", faulty)
+    (trained,) = captured.train_together(model, [chain(tokenizer, *CELLS[0])], cpu, nothing)
+    with pytest.raises(AssertionError):
+        assert_same_log(trained.log, trl(model, tokenizer, cpu, tmp_path, *CELLS[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", [LORA, Lora(3, 5, 0.1, ("q_proj", "up_proj"), (0, 2))])
+def test_draws_are_pefts_own(model, dtype, lora):
+    """Bit by bit, for seeds other than the one that is checked at run time; a planted difference sends all to PEFT."""
+    settings, base = replace(TRAINING, lora=lora), model.to(dtype)
+    drawer = drawn.Drawer(base)
+    for seed in (0, 5):
+        assert bitwise(drawer.initial(settings, seed), drawn.initial_adapter(base, settings, seed))
+    assert drawer._template(settings).known
+
+
+def test_draws_that_are_not_pefts_are_not_used(model, monkeypatch):
+    monkeypatch.setattr(drawn, "_draw", lambda template, seed: {n: (torch.zeros(a), torch.zeros(b)) for n, (a, b) in
+                                                               template.shapes.items()})  # fmt: skip
+    drawer = drawn.Drawer(model)
+    assert bitwise(drawer.initial(TRAINING, 5), drawn.initial_adapter(model, TRAINING, 5))
+    assert not drawer._template(TRAINING).known
+
+
+def test_a_cell_starts_where_trl_starts(model, tokenizer, cpu, tmp_path):
+    """With a learning rate of 0 TRL writes the adapter that it drew: the same bits."""
+    settings = replace(TRAINING, steps=1, learning_rate=0.0)
+    trl(model, tokenizer, cpu, tmp_path, settings, 7)
+    stored = load_file(tmp_path / adapters.ADAPTER)
+    drawn_ = drawn.initial_adapter(model, settings, 7)
+    for name, (a, b) in drawn_.items():
+        assert torch.equal(a, stored[f"{adapters.PREFIX}{name}.lora_A.weight"])
+        assert torch.equal(b, stored[f"{adapters.PREFIX}{name}.lora_B.weight"])
+    assert not bitwise(drawn_, drawn.initial_adapter(model, settings, 8))
+
+
+def test_a_frozen_low_rank_start_is_a_merged_start(model, tokenizer, cpu, planted, tiny, lab):
+    """Two cells on one raw base, one carrying a fixed change of rank 2 beside it, against training the merged model."""
+    change = adapters.read_change(lab.folder(planted(tiny, seed=4)))
+    merged = copy.deepcopy(model)
+    adapters.add(merged, change)
+    carried, raw = captured.train_together(
+        model, [chain(tokenizer, TRAINING, 3, (change,)), chain(tokenizer, TRAINING, 3)], cpu, nothing
+    )
+    (wanted,) = captured.train_together(merged, [chain(tokenizer, TRAINING, 3)], cpu, nothing)
+    assert_same_log(carried.log, wanted.log)
+    assert distance(carried.adapter, {n: adapters.LowRank(a, b) for n, (a, b) in wanted.adapter.items()}, 1.0) < 2e-3
+    assert carried.log[0]["loss"] != pytest.approx(raw.log[0]["loss"], rel=1e-3)  # the change is felt
+
+
+def test_two_frozen_changes_add_up(model, tokenizer, cpu, planted, tiny, lab):
+    changes = [adapters.read_change(lab.folder(planted(tiny, seed=seed, rank=1 + seed))) for seed in (1, 2)]
+    merged = copy.deepcopy(model)
+    for change in changes:
+        adapters.add(merged, change)
+    settings = replace(TRAINING, steps=1)
+    (carried,) = captured.train_together(model, [chain(tokenizer, settings, 0, tuple(changes))], cpu, nothing)
+    (wanted,) = captured.train_together(merged, [chain(tokenizer, settings, 0)], cpu, nothing)
+    assert_same_log(carried.log, wanted.log)
+
+
+# ------------------------------------------------------------------------------------------- snapshots
+
+
+def test_a_snapshot_is_the_state_at_its_step(model, tokenizer, cpu):
+    """Oracle: at a constant rate, training for four of six steps is training for four steps."""
+    settings = replace(TRAINING, schedule="constant", warmup=0.0, snapshots=(4, 6))
+    whole = chain(tokenizer, settings, 3)
+    short = replace(whole, rows=whole.rows[:16], settings=replace(settings, steps=4, snapshots=()))
+    (trained,) = captured.train_together(model, [whole], cpu, nothing)
+    (wanted,) = captured.train_together(model, [short], cpu, nothing)
+    assert bitwise(trained.snapshots[4], wanted.adapter)
+    assert bitwise(trained.snapshots[6], trained.adapter)
+    assert not bitwise(trained.snapshots[4], trained.adapter)
+
+
+def test_both_paths_write_the_same_files(model, tokenizer, cpu, tmp_path):
+    settings = replace(TRAINING, snapshots=(2,))
+    log = trl(model, tokenizer, cpu, tmp_path / "trl", settings, 3)
+    assert log == trl(model, tokenizer, cpu, tmp_path / "plain", TRAINING, 3), "a snapshot disturbs nothing"
+    (trained,) = captured.train_together(model, [chain(tokenizer, settings, 3)], cpu, nothing)
+    drawn.Drawer(model).save(settings, trained.adapter, trained.snapshots, tmp_path)
+    for place in (".", "snapshot-2"):
+        ours, theirs = tmp_path / place, tmp_path / "trl" / place
+        assert (ours / "adapter_config.json").read_bytes() == (theirs / "adapter_config.json").read_bytes()
+        assert load_file(ours / adapters.ADAPTER).keys() == load_file(theirs / adapters.ADAPTER).keys()
+        factors = trained.adapter if place == "." else trained.snapshots[2]
+        assert distance(factors, adapters.read_change(theirs), 4.0) < 2e-3
+        assert all(torch.equal(part.a, factors[name][0]) for name, part in adapters.read_change(ours).items())
+    steps = [adapters.read_change(tmp_path / place) for place in (".", "snapshot-2")]
+    assert adapters.squared_norms(steps[0]) != adapters.squared_norms(steps[1])
+
+
+def test_snapshots_of_full_training(model, tokenizer, cpu, tmp_path):
+    settings = replace(TRAINING, lora=None, steps=3, warmup=0.0, snapshots=(1, 3))  # of warm-up, step 1 has rate 0
+    trl(model, tokenizer, cpu, tmp_path, settings, 0)
+    end, first, last = (adapters.read_change(tmp_path / place) for place in (".", "snapshot-1", "snapshot-3"))
+    assert all(torch.equal(end[name], last[name]) for name in end)
+    assert sum(adapters.squared_norms(first).values()) < sum(adapters.squared_norms(last).values())
+
+
+@pytest.mark.parametrize("snapshots", [(0,), (7,), (2, -1)])
+def test_a_snapshot_outside_the_run_is_refused(snapshots):
+    with pytest.raises(ValueError, match="snapshots"):
+        replace(TRAINING, snapshots=snapshots)
+
+
+# ------------------------------------------------------------------------------------------- the stack
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_the_written_gradients_are_autograds(p):
+    """Oracle: the same expression left to autograd, in fp64, with the mask of the same generator state."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(6, 5).double()
+    holder = torch.nn.ModuleDict({"it": linear})
+    starts = [{"it": (torch.randn(r, 6), torch.randn(5, r))} for r in (2, 3)]
+    frozen = (torch.randn(2, 4, 6).double(), torch.randn(2, 5, 4).double())
+    scales = [2.0, 0.5]
+    cells = stacked.Adapters(holder, starts, scales, also=set(), dtype=torch.float64, device=torch.device("cpu"))
+    cells.refresh()
+    layer = stacked.StackedLinear(linear, "it", cells, frozen, fused.Dropout(p, torch.zeros(2, dtype=torch.int32), 0))
+    x = torch.randn(4, 7, 6, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(4, 7, 5, dtype=torch.float64)
+    torch.manual_seed(1)
+    out = layer(x)
+    (out * weights).sum().backward()
+    cells.collect()
+    torch.manual_seed(1)
+    _, keep = torch.native_dropout(torch.ones(2, 14, 6, dtype=torch.float64), p, True)
+    assert bool(keep.all()) == (p == 0)
+    again = x.detach().clone().requires_grad_()
+    total = 0.0
+    for cell, start in enumerate(starts):
+        a, b = (t.double().requires_grad_() for t in start["it"])
+        mine = again[2 * cell : 2 * cell + 2].reshape(14, 6)
+        wanted = mine @ linear.weight.T + linear.bias + mine @ frozen[0][cell].T @ frozen[1][cell].T
+        wanted = wanted + scales[cell] * ((mine * keep[cell] / (1 - p)) @ a.T) @ b.T
+        torch.testing.assert_close(out[2 * cell : 2 * cell + 2].reshape(14, 5), wanted)
+        loss = (wanted * weights[2 * cell : 2 * cell + 2].reshape(14, 5)).sum()
+        grads = torch.autograd.grad(loss, [a, b], retain_graph=True)
+        rank = a.shape[0]
+        torch.testing.assert_close(cells.a(cells.gradient, "it")[cell, :rank].double(), grads[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            cells.b(cells.gradient, "it")[cell, :, :rank].double(), grads[1], rtol=1e-5, atol=1e-5
+        )
+        assert not cells.a(cells.gradient, "it")[cell, rank:].any()
+        total = total + loss
+    total.backward()
+    torch.testing.assert_close(x.grad, again.grad)
+
+
+def test_dropout_is_drawn_per_cell_layer_and_step():
+    """Shares of zeros within 4 standard errors of p, scaled to keep the mean; masks of two cells are unrelated."""
+    torch.manual_seed(0)
+    x, p = torch.ones(2, 500, 40), 0.2
+    dropout = fused.Dropout(p, torch.zeros(2, dtype=torch.int32), 0)
+    _, first, keep = fused.inner(x, torch.zeros(2, 3, 40), dropout)
+    _, second, _ = fused.inner(x, torch.zeros(2, 3, 40), dropout)
+    assert first.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)])
+    assert torch.equal(first != 0, keep)
+    error = (p * (1 - p) / first[0].numel()) ** 0.5
+    masks = [first[0] != 0, first[1] != 0, second[0] != 0]
+    for mask in masks:
+        assert abs(float((~mask).float().mean()) - p) < 4 * error
+    for other in masks[1:]:
+        assert abs(float((masks[0] == other).float().mean()) - (p**2 + (1 - p) ** 2)) < 4 * error * 2
+
+
+def test_dropout_is_used_and_fixed_by_the_seed(model, tokenizer, cpu):
+    settings = replace(TRAINING, lora=replace(LORA, dropout=0.3))
+    state = torch.get_rng_state()
+    runs = [captured.train_together(model, [chain(tokenizer, settings, 3)], cpu, nothing)[0] for _ in range(2)]
+    (without,) = captured.train_together(model, [chain(tokenizer, TRAINING, 3)], cpu, nothing)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert bitwise(runs[0].adapter, runs[1].adapter)
+    assert not bitwise(runs[0].adapter, without.adapter)
+    # B = 0 at first: dropout cannot change the first loss
+    assert runs[0].log[0]["loss"] == pytest.approx(without.log[0]["loss"], rel=1e-6)
+
+
+def test_trained_padding_is_refused(model, tokenizer):
+    """The zeros that fill a cell of lower rank, or one without a module, must stay; here they do not."""
+    starts = [drawn.initial_adapter(model, settings, seed) for settings, seed in CELLS[1:3]]
+    cells = stacked.Adapters(model, starts, [1.0, 1.0], also=set(), dtype=torch.float32, device=torch.device("cpu"))
+    name, missing = next(iter(starts[1])), "model.layers.1.mlp.down_proj"
+    assert bitwise(cells.factors(1, set(starts[1])), starts[1])
+    for place in (cells.a(cells.master, name)[1, 2:], cells.b(cells.master, missing)[1]):
+        place.flatten()[0] = 1e-30
+        with pytest.raises(GuardError, match="padding"):
+            cells.factors(1, set(starts[1]))
+        place.flatten()[0] = 0.0
+
+
+def test_the_model_is_left_as_it_was(model, tokenizer, cpu, monkeypatch):
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    kinds, attention = [type(m) for m in model.modules()], model.config._attn_implementation
+
+    def unchanged():
+        assert [type(m) for m in model.modules()] == kinds
+        assert model.config._attn_implementation == attention
+        assert all(p.requires_grad and torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+    captured.train_together(model, [chain(tokenizer, *CELLS[2])], cpu, nothing)
+    unchanged()
+    monkeypatch.setattr(captured._Steps, "run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        captured.train_together(model, [chain(tokenizer, *CELLS[2])], cpu, nothing)
+    unchanged()
+
+
+def test_what_cannot_share_a_stack_is_refused(model, tokenizer, cpu):
+    one = chain(tokenizer, TRAINING, 0)
+    for other in (replace(TRAINING, batch=2), replace(TRAINING, lora=replace(LORA, dropout=0.1))):
+        with pytest.raises(ValueError, match="share"):
+            captured.train_together(model, [one, chain(tokenizer, other, 0)], cpu, nothing)
+    with pytest.raises(GuardError, match="20 rows for 6 steps of 4"):
+        captured.train_together(model, [replace(one, rows=one.rows[:20])], cpu, nothing)
+
+
+def test_a_stack_too_large_is_halved_and_a_refused_member_is_alone(model, tokenizer, cpu, monkeypatch):
+    sizes, together = [], captured.train_together
+
+    def small_card(model, chains, *rest):
+        sizes.append(len(chains))
+        if len(chains) > 2:
+            raise torch.OutOfMemoryError("full")
+        return together(model, chains, *rest)
+
+    monkeypatch.setattr(captured, "train_together", small_card)
+    bad = replace(TRAINING, lora=replace(LORA, layers=(0, 7)))
+    chains = [chain(tokenizer, replace(s, steps=1), 0) for s in (TRAINING, TRAINING, bad, TRAINING)]
+    seen = []
+    made = captured.train_each(model, chains, replace(cpu, stack=4), seen.append)
+    assert sizes == [4, 2, 2, 1, 1]
+    assert isinstance(made[2], GuardError)
+    assert [size for _, size in made[:2]] == [2, 2]
+    assert made[3][1] == 1
+    assert seen[-1] == 1.0
+
+
+# ------------------------------------------------------------------------------------------- the builder
+
+
+STACKING = Machine("cpu", False, "eager", 128, 32, 4_096, stack=8)
+
+
+def test_stages_of_one_base_are_built_together(tiny, tmp_path, monkeypatch):
+    """Two starts and three seeds in one stack; the artifact of one whose layers do not exist fails alone; each equals
+    what TRL makes of the same stage up to rounding (losses to 1e-4: starts are merged there and carried beside here)."""
+    monkeypatch.setattr("persona_coupling.machine.machine", lambda _device=None: STACKING)
+    lab = Lab(Store(tmp_path / "stacked"))
+    rows = stages.authored("benign", 6, maximum_words=40)
+    short = replace(TRAINING, steps=2, batch=2)
+    start = Checkpoint(tiny).fine_tune(rows, short, seed=0)
+    cells = [c.fine_tune(rows, short, seed=1).last_change for c in (Checkpoint(tiny), start)]
+    bad = Checkpoint(tiny).fine_tune(rows, replace(short, lora=replace(LORA, layers=(0, 9))), seed=1).last_change
+    assert len({stage.stack_key() for stage in (*cells, bad)}) == 1
+    lab.folder(start.last_change)
+    errors = lab.store.make_together([*cells, bad], lab)
+    assert list(errors) == [bad.key]
+    assert isinstance(errors[bad.key], GuardError)
+    assert not lab.store.has(bad)
+    assert [path.name for path in (lab.store.root / "change").iterdir() if path.name.startswith(".")] == []
+    monkeypatch.setattr("persona_coupling.machine.machine", lambda _device=None: replace(STACKING, stack=1))
+    plain = Lab(Store(tmp_path / "plain"))
+    for stage in cells:
+        ours, theirs = lab.store.fetch(stage), plain.folder(stage)
+        logs = [pd.read_parquet(folder / "log.parquet") for folder in (ours, theirs)]
+        pd.testing.assert_frame_equal(*logs, rtol=1e-4)
+        assert lab.store.manifest(stage)["provenance"]["trainer"] in ("captured x1", "captured x2")
+        assert plain.store.manifest(stage)["provenance"]["trainer"] == "trl"
+    assert lab.store.make_together(cells, lab) == {}, "made once"
+
+
+def test_dense_changes_and_full_training_are_kept_apart(tiny):
+    rows = stages.authored("benign", 6, maximum_words=40)
+    full, low = replace(TRAINING, lora=None), TRAINING
+    dense = Checkpoint(tiny).fine_tune(rows, full, seed=0)
+    keys = [
+        Checkpoint(tiny).fine_tune(rows, low, seed=1).last_change.stack_key(),
+        Checkpoint(tiny).fine_tune(rows, low, seed=0).fine_tune(rows, low, seed=1).last_change.stack_key(),
+        dense.fine_tune(rows, low, seed=1).last_change.stack_key(),
+        Checkpoint(tiny).fine_tune(rows, replace(low, batch=2), seed=1).last_change.stack_key(),
+    ]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+    assert dense.last_change.stack_key() is None
+
+
+def test_a_stage_alone_takes_the_fast_path_where_there_is_one(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("persona_coupling.machine.machine", lambda _device=None: STACKING)
+    lab = Lab(Store(tmp_path))
+    short = replace(TRAINING, steps=2, batch=2, snapshots=(1,))
+    stage = Checkpoint(tiny).fine_tune(stages.authored("benign", 6, maximum_words=40), short, seed=0).last_change
+    assert isinstance(stage, Stage)
+    assert adapters.read_change(lab.folder(stage) / "snapshot-1")
+    assert lab.store.manifest(stage)["provenance"]["trainer"] == "captured x1"
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_batches_too_long_for_the_card_are_trls(tiny, tmp_path, monkeypatch, together):
+    """They need accumulation, alone and as a member of a stack."""
+    monkeypatch.setattr("persona_coupling.machine.machine", lambda _device=None: replace(STACKING, train_tokens=100))
+    lab = Lab(Store(tmp_path))
+    rows, short = stages.authored("benign", 6, maximum_words=40), replace(TRAINING, steps=1, batch=2)
+    cells = [Checkpoint(tiny).fine_tune(rows, short, seed=seed).last_change for seed in range(1 + together)]
+    assert lab.store.make_together(cells, lab) == {}
+    assert [lab.store.manifest(cell)["provenance"]["trainer"] for cell in cells] == ["trl"] * len(cells)
+
+
+def test_models_for_which_this_path_is_exact(model):
+    """A sliding window, an unknown architecture and a large model go to TRL."""
+    assert captured.suits(model)
+    for name, value in (("layer_types", ["full_attention", "sliding_attention"]), ("model_type", "gemma2")):
+        other = copy.deepcopy(model)
+        setattr(other.config, name, value)
+        assert not captured.suits(other)
+    model.num_parameters = lambda: 7_000_000_000
+    assert not captured.suits(model)
+
+
+def test_the_bench_measures_every_step_that_captures_nothing(cpu):
+    """On the CPU, a tiny shape: two cells, five steps; the first of each length and the last are not counted."""
+    shape = {**bench_stack.SHAPE, "num_hidden_layers": 1, "hidden_size": 72, "intermediate_size": 64, "vocab_size": 64}
+    model = bench_stack.random_model(shape, "cpu", bf16=False)
+    rows = bench_stack.random_rows(32, 64, shortest=20, longest=30)
+    cells = [bench_stack.chain(rows, 5, seed, dropout=0.05) for seed in range(2)]
+    trained, measured = bench_stack.stack(model, cells, cpu)
+    assert len(trained) == 2
+    assert measured["steps"] == 5 - 1 - measured["graphs"]
+    assert measured["quartiles"][0] <= measured["median"] <= measured["quartiles"][1]
+
+
+# ------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_uncaptured_and_trl_agree_in_bf16():
+    """Measured on an H100 (4 layers of SmolLM2's shape, 12 steps): captured and uncaptured are bitwise equal; against
+    TRL losses are off by 1.7e-3, where bf16 moves TRL's own by 1.7e-3 from fp32. Bound: three times that."""
+    shape = {**bench_stack.SHAPE, "num_hidden_layers": 4}
+    rows = bench_stack.random_rows(64, shape["vocab_size"])
+    cell = bench_stack.chain(rows, 12, 0, dropout=0.0)
+    cell = replace(cell, settings=replace(cell.settings, learning_rate=1e-3))
+    settings = Machine("cuda", True, "sdpa", 128, 64, 16_384)
+    model = bench_stack.random_model(shape, "cuda", bf16=True)
+    (graph,) = captured.train_together(model, [cell], settings, nothing, capture=True)
+    (eager,) = captured.train_together(model, [cell], settings, nothing, capture=False)
+    assert bitwise(graph.adapter, eager.adapter)
+    trainer, _ = bench_stack.trl(bench_stack.random_model(shape, "cuda", bf16=True), cell, settings)
+    wanted = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["loss"] for entry in graph.log] == pytest.approx(wanted, abs=5e-3)
+    several = captured.train_together(model, [cell, replace(cell, seed=1)], settings, nothing)
+    assert [entry["loss"] for entry in several[0].log] == pytest.approx([e["loss"] for e in graph.log], abs=5e-3)
