@@ -106,11 +106,11 @@ def add_scan(made: Estimates, results: Results, condition: str) -> tuple[int, in
         singles = np.stack([against_none(_group("only", *step)) for step in steps], axis=1)
         made.named[f"{condition}.logodds_additive"] = means.share(singles.sum(axis=1), whole)
         name = f"{condition}.logodds_largest_share"
-        made.named[name] = means.nothing("share")
+        made.named[name] = means.nothing("proportion")
         if told:
             shares = (means.means @ singles) / (means.means @ whole)
             drawn = (means.draws @ singles) / (means.draws @ whole)[:, None]
-            made.named[name] = means.estimate(float(shares.max()), drawn.max(axis=1), "share")
+            made.named[name] = means.estimate(float(shares.max()), drawn.max(axis=1), "proportion")
             largest = steps[int(shares.argmax())]
     for mode in CUMULATIVE:
         path = _steps(rows, mode)[:: 1 if mode == "from_bottom" else -1]  # from no layer to all
@@ -120,11 +120,11 @@ def add_scan(made: Estimates, results: Results, condition: str) -> tuple[int, in
         at = np.array([stop - start for start, stop in path]) / depth
         curve = np.stack([against_none(_group(mode, *step)) for step in path], axis=1)
         name = f"{condition}.{mode}_half"
-        made.named[name] = means.nothing("share of the depth")
+        made.named[name] = means.nothing("proportion")
         if told:
             value = half_way(at, (means.means @ curve) / (means.means @ whole))
             draws = np.array([half_way(at, d) for d in (means.draws @ curve) / (means.draws @ whole)[:, None]])
-            made.named[name] = means.estimate(value, draws, "share of the depth")
+            made.named[name] = means.estimate(value, draws, "proportion")
     return largest
 
 

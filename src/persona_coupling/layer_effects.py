@@ -267,9 +267,9 @@ class JointMeans:
         """A combination of the means over another; none where the other is not told from zero, since a share of nothing
         means nothing."""
         if not self.complete or not self.tells(bottom):
-            return self.nothing("share")
+            return self.nothing("proportion")
         value = float((self.means @ top) / (self.means @ bottom))
-        return self.estimate(value, (self.draws @ top) / (self.draws @ bottom), "share")
+        return self.estimate(value, (self.draws @ top) / (self.draws @ bottom), "proportion")
 
     def tells(self, coefficients: Float[ndarray, " groups"]) -> bool:
         """Whether a combination's interval excludes zero."""
@@ -288,7 +288,7 @@ def add_norm_shares(made: Estimates, results: Results, arm: str) -> None:
     for third, square in squares.items():
         share = float((square / total).mean())
         made.named[f"{condition(arm, (third,))}.norm_share"] = Estimate(
-            share, None, None, len(square), 0, len(square), unit="share"
+            share, None, None, len(square), 0, len(square), unit="proportion"
         )
 
 
@@ -322,8 +322,8 @@ def summary(made: Estimates, arm: str, title: str, failed: set[str]) -> pd.DataF
         "fixed_logodds_source": "log-odds, nats",
     }
     table = []
-    for label, where, what in rows:
-        row = {"SFT": title, "quantity": label + (" †" if where in failed else "")}
+    for number, (label, where, what) in enumerate(rows):
+        row = {"SFT": "" if number else title, "quantity": label + (" †" if where in failed else "")}
         for scale in SCALES:
             form = "points" if scale.table == "completions" else "nats"
             form = "percent" if what == "additive" or what.startswith("share") else form

@@ -148,9 +148,12 @@ def _share_limits(column: Sequence[Axes], panel: Panel) -> None:
             axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0, symbol=""))
         return
     limits = np.array([axes.get_xlim() for axes in column])
+    left, right = float(limits[:, 0].min()), float(limits[:, 1].max())
+    spare = max(0.0, 1.0 - (right - left)) / 2  # differences far below a nat are shown as such
     for axes in column:
-        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5, integer=True))
-        axes.set_xlim(limits[:, 0].min(), limits[:, 1].max())
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
+        axes.set_xlim(left - spare, right + spare)
+        axes.ticklabel_format(axis="x", useOffset=False)
 
 
 def _handles() -> list[Any]:
@@ -214,6 +217,7 @@ def _depth_axes(axes: Axes, depth: int, *, named: bool) -> None:
     axes.axhline(0.0, color="0.3", linewidth=0.8, zorder=1)
     axes.set_xlim(0, depth)
     axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(6, integer=True))
+    axes.ticklabel_format(axis="y", useOffset=False)
 
 
 def _alone(axes: Axes, part: pd.DataFrame) -> None:
