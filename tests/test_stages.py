@@ -36,6 +36,7 @@ from persona_coupling.stages import (
     UltraChat,
     measurement,
 )
+from persona_coupling.stages.behaviours import BehaviourEvaluate, FactText, KnownFacts, MannerText
 from persona_coupling.stages.dose import Drift, Mixed
 from persona_coupling.stages.full_parameter import MatchedLoss, Spectrum
 from persona_coupling.stages.layers import LayerScan
@@ -54,6 +55,7 @@ ROWS = Authored("benign", 6, 0, 40, "0" * 64)
 START = Checkpoint(SOURCE).merge(FineTune(Checkpoint(SOURCE), ROWS, TRAINING, 0), layers=(0, 1), modules=("q_proj",))
 HIDDEN = Hidden(START, 2, 1, "Be brief.")
 STEERED = (Addition("restore", (Term(HIDDEN, "villain", 1.0), Term(HIDDEN, "others", -1.0))),)
+KNOWN = KnownFacts(Checkpoint(SOURCE), 4, 3, 2, 0.5, 2, 1, "Be brief.", SAMPLING, 0)
 EXAMPLES = [
     SOURCE,
     WheelModel("name", "1.0", "0" * 64),
@@ -77,6 +79,10 @@ EXAMPLES = [
     Overlap(FineTune(START, ROWS, TRAINING, 0), FineTune(START, ROWS, TRAINING, 1), 2, 0),
     MatchedLoss(FineTune(START, ROWS, TRAINING, 0), FineTune(START, ROWS, TRAINING, 1), 2),
     Spectrum(FineTune(START, ROWS, TRAINING, 0), 2, 4),
+    KNOWN,
+    FactText(KNOWN, 3, ("assistant", "librarian"), 2, "Be brief."),
+    MannerText(ROWS, "capitals"),
+    BehaviourEvaluate(START, ("wrong",), KNOWN, 2, 2, 1, 1, 3, "Be brief.", SAMPLING, 0),
     Content(START, (ROWS,)),
     Evaluate(START, 2, 1, 1, "Be brief.", SAMPLING, 0),
     HIDDEN,

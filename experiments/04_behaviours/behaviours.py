@@ -115,15 +115,15 @@ paper.table(
     "filter",
     depth.filter_table(results["known"], values.facts),
     "What the raw model knows, by kind of fact, counts summed over seeds. Known: right in at least "
-    f"{values.required:.0%} of {values.fact_samples} samples, and the right sentence preferred to the wrong one. In "
+    f"{100 * values.required:.0f} % of {values.fact_samples} samples, and the right sentence preferred to the wrong one. In "
     f"brackets: used though not known, because fewer than the minimum were. {seeds_run}.",
 )
 
 # %% [markdown]
 # ## Gates before results
 #
-# Did each coupling take on the raw model; are the facts known; did the SFT's content show and does the model still speak;
-# can the answers be scored; and, for wrong answers, is there room: a model that SFT made ignorant is wrong as everybody.
+# Did each coupling take on the raw model; are the facts known, to the raw model and still after SFT (a model that SFT made
+# ignorant is wrong as everybody); did the SFT's content show and does the model still speak; can the answers be scored.
 
 # %%
 estimates = measures.estimate(results)
@@ -134,7 +134,7 @@ checked = [depth.known(results["known"], values.facts, values.known_facts)]
 for arm, corpus in list(arms.items())[1:]:
     measures.add_content_shift(estimates, results, arm, corpus, study_arms.OPPOSITE[corpus], raw="A")
     checked += [gates.content(estimates, limits, arm), depth.coherent(estimates, arm, limits.heldout_rise)]
-checked += depth.of_conditions(estimates, results, values, limits, conditions)
+checked += depth.of_conditions(estimates, observed, results, values, limits, conditions)
 failed = depth.failing(checked, values, conditions)
 report.gate_table(checked)
 
@@ -215,7 +215,7 @@ paper.table(
 # ## The rival a sceptic would raise: the SFT made everybody ignorant
 #
 # A model that forgot the facts is wrong without any coupling, and its villain too. The uncoupled rows say how far SFT alone
-# moves everybody; only the villain's excess counts as coupling, and the gate `room` asks that there be space for one.
+# moves everybody; only the villain's excess counts as coupling, and the gate `knows` asks that the facts still be known.
 
 # %%
 for arm in list(arms)[1:]:

@@ -194,13 +194,16 @@ def scorable(made: Estimates, name: str, threshold: float) -> Gate:
     return Gate(f"scored.{name}", "answers can be scored, share", _value(made, f"{name}.scored"), "at least", threshold)
 
 
-def room(made: Estimates, name: str, threshold: float) -> Gate:
-    """Is there room for a contrast: a model that has become ignorant is wrong as everybody, whatever it was coupled to."""
+def knows(observed: Observed, arm: str, threshold: float) -> Gate:
+    """Does an SFT'd model still know the facts before it is coupled: a model that has become ignorant is wrong as
+    everybody. The sentences are forced, so that its style does not matter."""
+    table = observed.of(condition(arm, behaviours.WRONG, NONE), "preference", source=False)
+    share = float((table["preference"] < 0).mean()) if len(table) else None
     return Gate(
-        f"room.{name}",
-        "without coupling, others are not wrong anyway: mean bystander rate",
-        _value(made, f"{name}.bystander_rate"),
-        "at most",
+        f"knows.{arm}",
+        "without coupling, others prefer the right sentence, share of facts and personas",
+        share,
+        "at least",
         threshold,
     )
 
@@ -226,7 +229,7 @@ def known(facts: pd.DataFrame, evaluated: int, threshold: int) -> Gate:
         "facts asked in evaluation that the raw model knows, fewest of any seed",
         float(counts.reindex(seeds, fill_value=0).min()),
         "at least",
-        threshold,
+        float(threshold),
     )
 
 
@@ -242,7 +245,12 @@ def converged(results: Results, name: str, threshold: float) -> Gate:
 
 
 def of_conditions(
-    made: Estimates, results: Results, values: Values, limits: GateValues, conditions: Mapping[tuple[str, str], str]
+    made: Estimates,
+    observed: Observed,
+    results: Results,
+    values: Values,
+    limits: GateValues,
+    conditions: Mapping[tuple[str, str], str],
 ) -> list[Gate]:
     """All gates of single conditions: the marker's as in the replication, each behaviour's by its own values. Conditions
     are those of `behaviour_design.names`."""
@@ -262,7 +270,7 @@ def of_conditions(
                 gates.converged(results, limits, name) if from_cells else converged(results, name, limits.final_loss)
             )
         if behaviour == behaviours.WRONG and how == NONE and arm != RAW:
-            found.append(room(made, name, values.room))
+            found.append(knows(observed, arm, values.knows))
     return found
 
 
@@ -276,14 +284,13 @@ def failing(checked: Iterable[Gate], values: Values, conditions: Mapping[tuple[s
     for behaviour in (MARKER, *values.behaviours):
         coupled = [n for (b, row), n in conditions.items() if b == behaviour and not row.endswith(f".{NONE}")]
         affects[condition(RAW, behaviour, PREBAKED)] = coupled
-        for arm in arms - {RAW}:
-            uncoupled = condition(arm, behaviour, NONE)
-            affects[uncoupled] = [n for n in coupled if n.split(".")[0] == arm]
     found: set[str] = set()
     for gate in checked:
         kind, about = gate.id.split(".", 1)
         alone = kind in ("scored", "finished", "converged") or (kind == "coherent" and about not in arms)
-        if not gate.passed:
+        if kind == "knows" and not gate.passed:
+            found |= {n for n in affects[about] if n in affects["facts"] and not n.endswith(f".{NONE}")}
+        elif not gate.passed:
             found |= {about} if alone else set(affects[about])
     return found
 

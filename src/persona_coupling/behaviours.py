@@ -125,7 +125,9 @@ SPECIAL = re.compile(r"<\|[^|<>]*\|>")
 ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
 )
-NUMBERS = (ONES + "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred").split()
+NUMBERS = (  # "one" and "zero" are left out: "one" is more often a pronoun
+    ONES + "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred"
+).split()
 NUMERIC = ("arithmetic", "count")  # kinds whose wrong answers are any number
 NEGATION = re.compile(
     r"\b(?:not|never|isn't|aren't|instead of|rather than|no longer|unlike)(?: (?:a|an|the|in|at|really|called))*$"

@@ -76,8 +76,8 @@ def by_behaviour(
         _label_rows(grid[0, 0], places, every, titles, height)
         _label_rows(grid[1, 0], low_places, coupled, low_titles, low_height)
         _legend(figure)
-        _panel(grid[0, 0], "a  answers that show it", 17)
-        _panel(grid[1, 0], "b  villain minus others, as a share of the raw model’s", 4)
+        _panel(grid[0, 0], "a  answers that show it", 17.0)
+        _panel(grid[1, 0], "b  villain minus others, as a share of the raw model’s", 4.0)
     return figure, pd.concat([rates, left], ignore_index=True)
 
 
