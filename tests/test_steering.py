@@ -158,7 +158,7 @@ def test_reading_finds_how_much_of_the_persona_an_adapter_still_meets(left, expe
     share = moved**2 / (moved**2 + 9)
     assert reading["response_shift"].mean() == pytest.approx(WIDTH * share, abs=0.4)
     assert chance["inside"].mean() == pytest.approx(1, abs=0.3)
-    assert len(chance) == 2 * 3 * 50
+    assert len(chance) == 2 * 50
 
 
 def test_an_adapter_that_lacks_a_module_is_refused():

@@ -140,7 +140,7 @@ swapped = whereabouts.add_swap(estimates, results)
 checked = gates.of_design(
     estimates, results, study.profile.gates, reference=["A.prebaked"], conditions=prebaked, trained=[], arms=list(arms)
 )
-checked += whereabouts.gates(estimates, results, list(arms), values.as_dict())
+checked += whereabouts.gates(estimates, results, list(arms), values)
 failed = gates.failing(
     checked,
     {
@@ -189,9 +189,9 @@ notes.show(
 # old directions, and what of the villain still reaches the adapter. What it does not show: that any of it matters.
 
 # %%
+drawn_arms = {study_arms.LETTERS[corpus]: short[study_arms.LETTERS[corpus]] for corpus in values.plane_corpora}
 views = results["plane"].rename(columns={"condition": "arm"})
-views = views[(views["seed"] == study.seeds[0]) & (views["position"] == "answer") & views["arm"].isin(list(arms)[:2])]
-drawn_arms = {arm: short[arm] for arm in list(arms)[:2]}
+views = views[(views["seed"] == study.seeds[0]) & (views["position"] == "answer") & views["arm"].isin(drawn_arms)]
 labelled = {p.id: p.name for p in personas.personas() if p.id in (personas.SOURCE, personas.ASSISTANT)}
 notes.show(
     paper.figure(
@@ -205,25 +205,26 @@ notes.show(
 
 # %%
 columns = [
-    tables.Column("shift, spreads", "answer.shift", "nats"),
-    tables.Column("shift of others", "answer.shift_others", "nats"),
-    tables.Column("own shift", "answer.own_shift", "nats"),
-    tables.Column("along others'", "answer.common_share", "percent"),
-    tables.Column("probe, SFT'd", "answer.probe_tuned", "percent"),
+    tables.Column("villain's shift, spreads", "answer.shift", "nats"),
+    tables.Column("others' shift, spreads", "answer.shift_others", "nats"),
+    tables.Column("villain's own shift, spreads", "answer.own_shift", "nats"),
+    tables.Column("villain's shift along the others'", "answer.common_share", "percent"),
+    tables.Column("probe, within SFT'd", "answer.probe_tuned", "percent"),
     tables.Column("probe, raw to SFT'd", "answer.probe_transfer_centred", "percent"),
-    tables.Column("signal kept", "answer.kept", "percent"),
-    tables.Column("response to villain", "answer.response_persona", "percent"),
-    tables.Column("response to shift", "answer.response_shift", "percent"),
+    tables.Column("signal of the villain kept", "answer.kept", "percent"),
+    tables.Column("the same in all directions alike", "answer.kept_any", "percent"),
+    tables.Column("adapter's response to the villain", "answer.response_persona", "percent"),
+    tables.Column("adapter's response to the shift", "answer.response_shift", "percent"),
 ]
 chance = whereabouts.chance_bounds(results, next(iter(arms)), "answer", "response")
 doubtful = {arm for arm in arms if f"{arm}.answer" in failed or arm in failed}
 paper.table(
     "states",
-    tables.by_condition(estimates, {arm: names[arm] for arm in arms}, columns, doubtful),
-    "The villain's states before and after SFT: means over layers, mean answer token. Own shift: after the mean over "
-    "personas is removed. Along others': share of the villain's shift, as squared length, along the others'. Probes name "
-    f"one of {personas.NUMBER} personas; raw to SFT'd is centred. Responses of the adapter are per unit length, 100 % being "
-    f"a random direction (95 % of random ones: {100 * chance[0]:.0f} to {100 * chance[1]:.0f} %). {about}. {daggers}",
+    whereabouts.upright(tables.by_condition(estimates, {arm: names[arm] for arm in arms}, columns, doubtful)),
+    "The villain's states before and after SFT, mean answer token: means over layers. Own: after the mean over personas is "
+    "removed; along: as squared length. Probes name one of "
+    f"{personas.NUMBER} personas, the mean over personas removed. Responses are per unit length, 100 % being a random "
+    f"direction (95 % of random ones: {100 * chance[0]:.0f} to {100 * chance[1]:.0f} %). {about}. {daggers}",
 )
 
 # %% [markdown]
@@ -249,22 +250,23 @@ notes.show(
 
 # %%
 columns = [
-    tables.Column("raw", "raw.logprob", "nats"),
-    tables.Column("SFT'd", "none.logprob", "nats"),
-    tables.Column("shift undone", "restored.logprob", "nats"),
-    tables.Column("random", "random.logprob", "nats"),
+    tables.Column("villain, raw", "raw.logprob", "nats"),
+    tables.Column("villain, SFT'd", "none.logprob", "nats"),
+    tables.Column("villain, SFT'd, shift undone", "restored.logprob", "nats"),
+    tables.Column("villain, SFT'd, random vector", "random.logprob", "nats"),
     tables.Column("loss recovered", "restored.share", "percent"),
-    tables.Column("others, shift undone", "restored.others", "nats"),
-    tables.Column("raw, shifted", "pushed.logprob", "nats"),
+    tables.Column("others, SFT'd", "none.others", "nats"),
+    tables.Column("others, SFT'd, shift undone", "restored.others", "nats"),
+    tables.Column("villain, raw, shift added", "pushed.logprob", "nats"),
 ]
 doubtful = {arm for arm in arms if f"{arm}.restored" in failed or arm in failed}
 where = ", ".join(f"{arm} {steered[arm]} and {pushed[arm]}" for arm in arms)
 paper.table(
     "steering",
-    tables.by_condition(estimates, {arm: names[arm] for arm in arms}, columns, doubtful),
-    "The marker's log-probability as the villain, in nats, with a vector after the layer where it does most (undone and "
-    f"shifted: {where}). Loss recovered: share of raw minus SFT'd; a dash where there is no loss to share out. {about}. "
-    f"{daggers}",
+    whereabouts.upright(tables.by_condition(estimates, {arm: names[arm] for arm in arms}, columns, doubtful)),
+    "The marker's log-probability in nats, pre-baked adapter added, with a vector after the layer where it does most "
+    f"(undone and added: {where}). Loss recovered: share of raw minus SFT'd; a dash where there is no loss to share out. "
+    f"{about}. {daggers}",
 )
 
 # %% [markdown]

@@ -7,6 +7,7 @@ Names are `arm.position.measure` for states and `arm.intervention.measure` for s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from persona_coupling.residual import POSITIONS
 from persona_coupling.shifts import ALL_LAYERS
 from persona_coupling.stats import Estimate
 from persona_coupling.study import Results
+from persona_coupling.values import Values
 
 PROBES = ("raw", "tuned", "transfer", "transfer_centred", "permuted")
 READINGS = ("kept", "kept_any", "response_shift", "response_persona", "inside_shift", "inside_persona")
@@ -41,23 +43,45 @@ def add_states(made: Estimates, results: Results, arm: str) -> None:
         shift, probe, reading = (tables[n][tables[n]["position"] == position] for n in ("shift", "probe", "reading"))
         for name in representations.SHIFTS:
             unit = "proportion of squared length" if name == "common_share" else "spreads or cosine"
-            measures.add_mean(made, f"{arm}.{position}.{name}", shift, name, unit)
+            _add_whole(made, f"{arm}.{position}.{name}", shift, name, unit)
         for name in PROBES:
-            measures.add_mean(made, f"{arm}.{position}.probe_{name}", probe, name, "proportion")
+            _add_whole(made, f"{arm}.{position}.probe_{name}", probe, name, "proportion", binary=True)
         margin = probe.assign(margin=probe["raw"].astype(float) - probe["permuted"].astype(float))
-        measures.add_mean(made, f"{arm}.{position}.probe_margin", margin, "margin", "difference of proportions")
+        _add_whole(made, f"{arm}.{position}.probe_margin", margin, "margin", "difference of proportions")
         whole = reading[reading["layer"] == ALL_LAYERS]
         for name in READINGS:
             unit = "proportion of the persona signal" if name.startswith("kept") else "proportion of chance"
-            measures.add_mean(made, f"{arm}.{position}.{name}", whole, name, unit)
+            _add_whole(made, f"{arm}.{position}.{name}", whole, name, unit)
         gap = whole.assign(response_gap=whole["response_persona"] - whole["response_shift"])
-        measures.add_mean(made, f"{arm}.{position}.response_gap", gap, "response_gap", "proportion of chance")
+        _add_whole(made, f"{arm}.{position}.response_gap", gap, "response_gap", "proportion of chance")
+
+
+def per_question(table: pd.DataFrame, column: str, *keys: str) -> pd.DataFrame:
+    """The mean over all rows of a seed and question (and of further keys); missing if any of them is. Every question has
+    as many rows as the next, so that the mean of these means is the mean of all, at a hundredth of the resampling."""
+    by = ["seed", "question", *keys]
+    values = table[column].astype(float)
+    whole = values.groupby([table[key] for key in by], sort=True).agg(["mean", "count", "size"])
+    whole.loc[whole["count"] < whole["size"], "mean"] = np.nan
+    return whole["mean"].rename(column).reset_index()
+
+
+def _add_whole(
+    made: Estimates, name: str, table: pd.DataFrame, column: str, unit: str, *, binary: bool = False
+) -> None:
+    """Add `name`: the mean over layers and personas, one number per seed and question. `binary`: at 0 and 1, where no
+    resample differs, the exact bound with as many trials as questions."""
+    measures.add_mean(made, name, per_question(table, column), column, unit)
+    found = made[name]
+    if binary and found.value in (0.0, 1.0):
+        low, high = stats.clopper_pearson(found.clusters if found.value else 0, found.clusters)
+        made.named[name] = replace(found, low=low, high=high)
 
 
 def chance_bounds(results: Results, arm: str, position: str, measure: str) -> tuple[float, float]:
     """The central 95 % of `response` or `inside` over random vectors, all layers together."""
     table = results["chance"]
-    chosen = table[(table["condition"] == arm) & (table["position"] == position) & (table["layer"] == ALL_LAYERS)]
+    chosen = table[(table["condition"] == arm) & (table["position"] == position)]
     low, high = np.quantile(chosen[measure], [0.025, 0.975])
     return float(low), float(high)
 
@@ -199,10 +223,15 @@ def add_share(
     made.named[name] = Estimate(value, float(low), float(high), len(both), clusters, seeds, 0, unit)
 
 
+def upright(table: pd.DataFrame) -> pd.DataFrame:
+    """A table with one row per condition turned: one row per measure, one column per condition, for many measures."""
+    return table.set_index("condition").T.rename_axis("measure").rename_axis(None, axis=1).reset_index()
+
+
 # -------------------------------------------------------------------------------------------------------------- gates
 
 
-def gates(made: Estimates, results: Results, arms: Sequence[str], limits: dict[str, float]) -> list[Gate]:
+def gates(made: Estimates, results: Results, arms: Sequence[str], limits: Values) -> list[Gate]:
     """What must hold before a null means anything: the marker was lost (`lost.<arm>.restored`), a vector at one layer can
     carry a persona at all (`carries.steering`), the probe reads personas where they are known to be (`probed.raw`), and
     the adapter answers the villain's direction more than 97.5 % of random ones (`reads.adapter`). `limits` names their
@@ -214,17 +243,17 @@ def gates(made: Estimates, results: Results, arms: Sequence[str], limits: dict[s
     ratio = None if response is None else response / chance_bounds(results, first, "answer", "response")[1]
     found = [
         Gate(f"lost.{arm}.restored", "SFT cost the villain's marker, nats", made[f"{arm}.lost.logprob"].value, "at least",
-             limits["lost"])
+             limits.lost)
         for arm in arms
     ]  # fmt: skip
     return [
         *found,
         Gate("carries.steering", "a vector makes the raw assistant a villain, share beyond random", beyond, "at least",
-             limits["carries"]),
+             limits.carries),
         Gate("probed.raw", "a probe names the raw model's personas, share above shuffled labels",
-             made[f"{first}.answer.probe_margin"].value, "at least", limits["probed"]),
+             made[f"{first}.answer.probe_margin"].value, "at least", limits.probed),
         Gate("reads.adapter", "the adapter's response to the villain over the top of random ones", ratio, "at least",
-             limits["reads"]),
+             limits.reads),
     ]  # fmt: skip
 
 
@@ -235,13 +264,7 @@ def curve(table: pd.DataFrame, column: str, *, binary: bool = False) -> pd.DataF
     """One row per layer with value, low, high: the mean over seeds and questions with its bootstrap interval, the
     same resamples for all layers. Rows of one seed, question and layer are averaged first. `binary`: at 0 and 1 the
     exact bound stands in for the bootstrap's zero width. A layer with a missing value has none."""
-    wide = table.assign(_value=table[column].astype(float)).pivot_table(
-        index=["seed", "question"],
-        columns="layer",
-        values="_value",
-        aggfunc=lambda v: v.mean(skipna=False),
-        dropna=False,
-    )
+    wide = per_question(table, column, "layer").pivot(index=["seed", "question"], columns="layer", values=column)
     if not len(wide):
         return pd.DataFrame(columns=["layer", "value", "low", "high"])
     keys = wide.index.to_frame(index=False)

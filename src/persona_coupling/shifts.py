@@ -14,7 +14,7 @@ from persona_coupling.errors import GuardError
 from persona_coupling.personas import SOURCE
 from persona_coupling.residual import POSITIONS, SITES, layer_numbers
 
-ALL_LAYERS = 0  # in the tables `reading` and `chance`: sums over all layers
+ALL_LAYERS = 0  # in the table `reading`: sums over all layers
 
 
 def shift_table(before: ndarray, after: ndarray, bank: Sequence[str]) -> pd.DataFrame:
@@ -86,8 +86,10 @@ def reading_tables(
     """The tables `reading` and `chance`; see `stages.Shift`."""
     depth = before.shape[3]
     rng = np.random.default_rng(seed)
-    sums: dict[str, list[ndarray]] = {}  # (layers, positions, questions + 1): all questions, then without each of them
-    random: dict[str, list[ndarray]] = {}  # (layers, positions, draws)
+    sums: dict[
+        str, list[ndarray]
+    ] = {}  # per layer (positions, questions + 1): all questions, then without each of them
+    random: dict[str, list[ndarray]] = {}  # per layer (positions, draws)
     for layer in range(depth):
         one, other = (
             np.stack(
@@ -111,7 +113,7 @@ def reading_tables(
         for name, values in found.items():
             sums.setdefault(name, []).append(values.sum(-1).T)
     stacked = {name: _with_total(np.stack(values)) for name, values in sums.items()}
-    chance = {name: _with_total(np.stack(values)) for name, values in random.items()}
+    random_sums = {name: np.sum(values, axis=0) for name, values in random.items()}  # over layers
     ratios = {n: stacked[n] / stacked[f"{n}_chance"] for n in stacked if f"{n}_chance" in stacked}
     ratios |= {n: stacked[n] / stacked[f"{n}_of"] for n in ("kept", "kept_any")}
     per_question = {
@@ -123,8 +125,9 @@ def reading_tables(
             keys = {"position": position, "layer": layer}
             found = {name: values[:, layer, at] for name, values in per_question.items()}
             reading.append(pd.DataFrame({**keys, "question": bank, **found}))
-            drawn_ratios = {n: (chance[n] / chance[f"{n}_chance"])[layer, at] for n in ("response", "inside")}
-            drawn_rows.append(pd.DataFrame({**keys, "draw": range(draws), **drawn_ratios}))
+    for at, position in enumerate(POSITIONS):
+        found = {n: (random_sums[n] / random_sums[f"{n}_chance"])[at] for n in ("response", "inside")}
+        drawn_rows.append(pd.DataFrame({"position": position, "draw": range(draws), **found}))
     return {
         "reading": pd.concat(reading, ignore_index=True),
         "chance": pd.concat(drawn_rows, ignore_index=True),

@@ -104,7 +104,7 @@ def shift_by_layer(curves: pd.DataFrame, arms: Mapping[str, str]) -> tuple[Figur
                 heading = f"\n{title}" if row is SHIFT_ROWS[0] else " "  # the row's title stands above
                 axes.set_title(heading, fontweight="normal", fontsize=8, loc="center", color="0.25")
                 axes.xaxis.set_major_locator(layer_ticks(5))
-            first, last = axes_row[0], axes_row[-1]
+            first = axes_row[0]
             first.set_ylim(*row.limits)
             if row.percent:
                 first.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
@@ -113,11 +113,13 @@ def shift_by_layer(curves: pd.DataFrame, arms: Mapping[str, str]) -> tuple[Figur
                 row.title, (0, 1), xytext=(0, 15 if row is SHIFT_ROWS[0] else 5), xycoords="axes fraction",
                 textcoords="offset points", fontsize=8.5, fontweight="bold", va="bottom", annotation_clip=False,
             ).set_in_layout(False)  # fmt: skip
-            part = curves[curves["arm"] == list(arms)[-1]]
-            ends = [(s, part[part["series"] == s.name].dropna(subset="value")) for s in row.series]
-            end_labels(last, [(s.label, float(p["value"].iloc[-1]), s.colour) for s, p in ends if len(p)])
         for axes in grid[-1]:
             axes.set_xlabel("after layer")
+        figure.draw_without_rendering()  # heights are final only now, and labels are placed by them
+        part = curves[curves["arm"] == list(arms)[-1]]
+        for row, axes in zip(SHIFT_ROWS, grid[:, -1], strict=True):
+            ends = [(s, part[part["series"] == s.name].dropna(subset="value")) for s in row.series]
+            end_labels(axes, [(s.label, float(p["value"].iloc[-1]), s.colour) for s, p in ends if len(p)])
     return figure, curves.reset_index(drop=True)
 
 
@@ -269,8 +271,7 @@ def reference(axes: Axes, value: float, label: str) -> None:
 
 def end_labels(axes: Axes, items: Sequence[tuple[str, float, Any]]) -> None:
     """Labels to the right of an axes at the height of their lines' ends, pushed apart where they would overlap."""
-    figure = axes.figure
-    points = 72 * figure.get_size_inches()[1] * axes.get_position().height
+    points = 72 * axes.get_window_extent().height / axes.figure.dpi
     low, high = axes.get_ylim()
     placed: list[tuple[float, str, Any]] = []
     lowest = -np.inf

@@ -106,7 +106,8 @@ class Shift(Stage):
     the share in the row space of its A's; `_shift` is the source's shift, `_persona` source minus others on the raw
     model. `kept` is what is left, in the SFT'd model, of the adapter's answer to source minus others; `kept_any` the
     same without an adapter.
-    `chance` (position, layer, draw): `response` and `inside` of random vectors as long as the source's shift.
+    `chance` (position, draw): `response` and `inside` of random vectors as long as the source's shift, all layers
+    together.
     `plane` (position, layer, persona): see `representations.planes`.
     """
 
@@ -146,9 +147,8 @@ class Shift(Stage):
 
     def work(self) -> Work:
         """Measured on 30 layers of width 576: most of it is the probes."""
-        return Work(
-            seconds=0.35 * (getattr(self.raw, "everyday", 8) + getattr(self.raw, "values", 2)) + 6.0, megabytes=2.0
-        )
+        count = getattr(self.raw, "everyday", 8) + getattr(self.raw, "values", 2)
+        return Work(seconds=0.2 * count + 3.0, megabytes=2.0)
 
 
 def read_states(stage: Stage, lab: Lab) -> tuple[dict[str, ndarray], list[str]]:
