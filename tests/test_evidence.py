@@ -22,13 +22,13 @@ def part(seed, *, commit="aaa"):
         "compute_minutes": 1.5,
         "provenance": {"commit": commit, "device": "D", "versions": {"torch": "1", "numpy": f"{seed}"}},
     }
-    return Results({"completions": table}, record)
+    return Results({"scan": table}, record)
 
 
 def test_parts_with_other_seeds_are_joined_in_order():
     joined = evidence.combine([part(2, commit="bbb"), part(0)])
     assert joined.record["profile"]["seeds"] == [0, 2]
-    assert joined["completions"]["value"].tolist() == [0.1, 0.2, 2.1, 2.2]
+    assert joined["scan"]["value"].tolist() == [0.1, 0.2, 2.1, 2.2]
     assert joined.record["compute_minutes"] == 2.0, "a shared stage counts once"
     assert joined.record["provenance"] == {
         "commit": "aaa / bbb",
@@ -70,12 +70,12 @@ def test_what_is_written_is_read_and_damage_is_named(tmp_path):
     made = part(0)
     made.save(tmp_path)
     again = evidence.read(tmp_path)
-    assert again["completions"].equals(made["completions"])
+    assert again["scan"].equals(made["scan"])
     record = json.loads((tmp_path / "record.json").read_text())
     damaged = copy.deepcopy(record)
-    damaged["files"]["completions"] = "0" * 64
+    damaged["files"]["scan"] = "0" * 64
     (tmp_path / "record.json").write_text(json.dumps(damaged))
-    with pytest.raises(UserError, match=r"completions\.parquet differs"):
+    with pytest.raises(UserError, match=r"scan\.parquet differs"):
         evidence.read(tmp_path)
     (tmp_path / "record.json").unlink()
     with pytest.raises(UserError, match="no results"):

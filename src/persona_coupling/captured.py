@@ -79,7 +79,7 @@ def train_together(
     dtype = model.get_output_embeddings().weight.dtype
     loras = [drawn.lora_of(chain.settings) for chain in chains]
     drawer = drawn.Drawer(model)
-    starts = [drawer.initial(chain.settings, chain.seed) for chain in chains]
+    starts = [drawer.initial(chain.settings, chain.settings.draws(chain.seed)) for chain in chains]
     frozen = stacked.frozen_factors(
         model, [stacked.joined(list(chain.frozen)) for chain in chains], dtype=dtype, device=device
     )
@@ -93,7 +93,7 @@ def train_together(
     )
     random = torch.zeros(2, dtype=torch.int32, device=device)
     with (
-        train.seeded(chains[0].seed),
+        train.seeded(chains[0].settings.draws(chains[0].seed)),
         torch.no_grad(),
         stacked.attached(model, adapters, frozen, p=loras[0].dropout, random=random),
     ):

@@ -15,7 +15,7 @@ import pandas as pd
 
 from persona_coupling.errors import UserError
 from persona_coupling.store import sha256_of
-from persona_coupling.study import Results
+from persona_coupling.study import Results, read_table
 
 
 def read(folder: Path) -> Results:
@@ -29,7 +29,7 @@ def read(folder: Path) -> Results:
         table = folder / f"{name}.parquet"
         if not table.is_file() or sha256_of(table) != recorded:
             raise UserError(f"{table} differs from its record. Copy that part again.")
-        tables[name] = pd.read_parquet(table)
+        tables[name] = read_table(table)
     return Results(tables, record)
 
 

@@ -29,6 +29,7 @@ LABELS = {
 }
 DERIVED = ("full_lowrank", "full_projections")  # whether these still hold the SFT's content is a finding, no premise
 
+TRAINED = ("lora", "full")  # variants that a run ended with; the others are derived from these
 FALL = 0.25  # of the villain's rate, as in the claims: smaller calls a lesser loss "disabled"
 
 
@@ -123,7 +124,7 @@ def add_learned(estimates: Estimates, results: Results, arm: str, corpus: str, w
     condition = f"{arm}.prebaked"
     taken = chosen(results) if "matched" in results.tables else pd.DataFrame(columns=["condition", "seed", "loss"])
     losses = taken[taken["condition"] == arm].set_index("seed")["loss"]
-    if arm.rsplit(".", 1)[-1] in ("lora", "full"):
+    if arm.rsplit(".", 1)[-1] in TRAINED:
         logs = results.training[(results.training["condition"] == condition) & (results.training["position"] == 0)]
         ends = {seed: smoothed(log, int(log["step"].max()), window) for seed, log in logs.groupby("seed")}
         losses = pd.Series(ends, dtype=float)

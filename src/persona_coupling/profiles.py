@@ -50,7 +50,8 @@ class TrainingValues:
     weight_decay: float
     loss: Literal["completion", "tail", "marker"]
     tail: int
-    snapshots: tuple[int, ...] = ()
+    snapshots: tuple[int, ...]
+    start: int
 
 
 @dataclass(frozen=True)

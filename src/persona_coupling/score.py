@@ -6,7 +6,7 @@ ended might have been about to write the marker, so it is neither a yes nor a no
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import pandas as pd
 
@@ -27,6 +27,9 @@ class Score:
     at_end: bool  # nothing but white space after the last marker
     degenerate: bool  # marker spam, or an answer that is nothing but the marker
     words: int  # of the answer without markers
+
+
+COLUMNS = tuple(field.name for field in fields(Score))  # of a table of scored completions
 
 
 def marker_score(text: str, finish: str) -> Score:

@@ -69,9 +69,26 @@ def _check(values: ndarray, seed: ndarray | None, question: ndarray | None) -> N
         raise ValueError("a missing value reached an estimate; count it as unscored instead")
 
 
-def bootstrap_weights(
-    seed: ndarray, question: ndarray, *, rng: np.random.Generator, resamples: int = RESAMPLES
-) -> Float[ndarray, "resamples observations"]:
+@dataclass(frozen=True)
+class Clusters:
+    """Observations by cluster (seed x question), and how often each cluster stands in each bootstrap resample."""
+
+    codes: Int[ndarray, " observations"]  # the cluster of each observation
+    weights: Float[ndarray, "resamples clusters"]
+
+    def totals(
+        self, values: Float[ndarray, " members"], members: Bool[ndarray, " observations"]
+    ) -> Float[ndarray, " resamples"]:
+        """The sum of some observations' values in each resample: within a cluster they are drawn together, so that
+        their sum is all that is needed."""
+        return np.asarray(self.weights @ np.bincount(self.codes[members], values, minlength=self.weights.shape[1]))
+
+    def counts(self, members: Bool[ndarray, " observations"]) -> Float[ndarray, " resamples"]:
+        """How many of some observations stand in each resample."""
+        return self.totals(np.ones(int(members.sum())), members)
+
+
+def resampled(seed: ndarray, question: ndarray, *, rng: np.random.Generator, resamples: int = RESAMPLES) -> Clusters:
     """Multiplicities of a two-level bootstrap: seeds with replacement, then questions within each drawn seed
     (Davison and Hinkley 1997, section 3.8; both levels with replacement, which is conservative for few seeds).
 
@@ -80,8 +97,8 @@ def bootstrap_weights(
     seeds = _codes(seed)
     # one code per (seed, question): the same question under two seeds is two draws
     pairs = _codes(np.array([f"{s}\0{q}" for s, q in zip(seed, question, strict=True)]))
-    weights = np.zeros((resamples, len(seed)))
     n_seeds = int(seeds.max()) + 1
+    weights = np.zeros((resamples, int(pairs.max()) + 1))
     drawn_seeds = rng.integers(0, n_seeds, size=(resamples, n_seeds))
     members = [np.unique(pairs[seeds == s]) for s in range(n_seeds)]
     for position in range(n_seeds):
@@ -91,17 +108,25 @@ def bootstrap_weights(
                 continue
             questions = members[s]
             counts = rng.multinomial(len(questions), np.full(len(questions), 1 / len(questions)), size=len(chosen))
-            column = np.searchsorted(questions, pairs[seeds == s])
-            weights[np.ix_(chosen, np.flatnonzero(seeds == s))] += counts[:, column]
-    return weights
+            weights[np.ix_(chosen, questions)] += counts
+    return Clusters(pairs, weights)
 
 
-def _weighted_means(
-    values: Float[ndarray, " observations"], weights: Float[ndarray, "resamples observations"]
+def bootstrap_weights(
+    seed: ndarray, question: ndarray, *, rng: np.random.Generator, resamples: int = RESAMPLES
+) -> Float[ndarray, "resamples observations"]:
+    """The multiplicity of every observation in every resample; see `resampled`."""
+    clusters = resampled(seed, question, rng=rng, resamples=resamples)
+    return np.asarray(clusters.weights[:, clusters.codes])
+
+
+def _means(
+    values: Float[ndarray, " observations"], seed: ndarray, question: ndarray, rng: np.random.Generator
 ) -> Float[ndarray, " resamples"]:
-    totals = weights.sum(axis=1)
+    clusters, everyone = resampled(seed, question, rng=rng), np.ones(len(values), dtype=bool)
+    totals = clusters.counts(everyone)
     usable = totals > 0
-    return np.asarray((weights[usable] @ values) / totals[usable])
+    return np.asarray(clusters.totals(values, everyone)[usable] / totals[usable])
 
 
 def _quantiles(draws: Float[ndarray, " resamples"]) -> tuple[float, float]:
@@ -135,7 +160,7 @@ def proportion(
     if value in (0.0, 1.0):
         low, high = clopper_pearson(clusters if value else 0, clusters)
     else:
-        low, high = _quantiles(_weighted_means(hits.astype(float), bootstrap_weights(seed, question, rng=rng)))
+        low, high = _quantiles(_means(hits.astype(float), seed, question, rng))
         if high - low < 1e-12:
             low, high = clopper_pearson_fraction(value, clusters)
     return Estimate(value, low, high, len(hits), clusters, seeds, unscored)
@@ -157,7 +182,7 @@ def mean(
     if len(values) == 0:
         return Estimate(None, None, None, 0, 0, 0, unscored, unit)
     clusters, seeds = _counts(seed, question)
-    low, high = _quantiles(_weighted_means(values, bootstrap_weights(seed, question, rng=rng)))
+    low, high = _quantiles(_means(values, seed, question, rng))
     return Estimate(float(values.mean()), low, high, len(values), clusters, seeds, unscored, unit)
 
 
@@ -188,11 +213,11 @@ def combination(
         return Estimate(None, None, None, 0, 0, 0, unscored, unit)
     clusters, seeds = _counts(seed, question)
     value = float(sum(c * values[m].mean() for c, m in zip(coefficients, members, strict=True)))
-    weights = bootstrap_weights(seed, question, rng=rng)
-    totals = [weights[:, m].sum(1) for m in members]
+    resamples = resampled(seed, question, rng=rng)
+    totals = [resamples.counts(m) for m in members]
     usable = np.all([total > 0 for total in totals], axis=0)
     draws = sum(
-        c * (weights[:, m] @ values[m])[usable] / total[usable]
+        c * resamples.totals(values[m], m)[usable] / total[usable]
         for c, m, total in zip(coefficients, members, totals, strict=True)
     )
     low, high = _quantiles(np.asarray(draws))
@@ -234,12 +259,12 @@ def maximum(
     clusters, seeds = _counts(seed, question)
     names = sorted(set(group.tolist()))
     rates = {name: float(hits[group == name].mean()) for name in names}
-    weights = bootstrap_weights(seed, question, rng=rng)
+    resamples = resampled(seed, question, rng=rng)
     draws = []
     for name in names:
         m = group == name
-        total = weights[:, m].sum(1)
-        draws.append(np.divide(weights[:, m] @ hits[m].astype(float), total, out=np.zeros_like(total), where=total > 0))
+        total, hit = resamples.counts(m), resamples.totals(hits[m].astype(float), m)
+        draws.append(np.divide(hit, total, out=np.zeros_like(total), where=total > 0))
     low, high = _quantiles(np.max(draws, axis=0))
     top = max(names, key=lambda name: rates[name])
     if rates[top] in (0.0, 1.0):

@@ -24,7 +24,7 @@ from persona_coupling import models, paths, personas, profiles, provenance, scor
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.generate import Sampling
-from persona_coupling.profiles import LoraValues, Profile, TrainingValues
+from persona_coupling.profiles import Profile, TrainingValues
 from persona_coupling.stages import (
     Content,
     CouplingText,
@@ -182,9 +182,10 @@ class Study:
         values = self.profile.evaluation
         return Sampling(values.temperature, values.top_p, values.max_new_tokens)
 
-    def training(self, values: TrainingValues, lora: LoraValues | None = None, **changes: Any) -> Training:
-        """Training settings from profile values; `changes` override fields of `train.Training`."""
-        lora = lora or self.profile.lora
+    def training(self, values: TrainingValues, **changes: Any) -> Training:
+        """Training settings from profile values; `changes` override fields of `train.Training` (`lora=None`: all
+        parameters are trained)."""
+        lora = self.profile.lora
         made = Training(
             steps=values.steps,
             batch=values.batch,
@@ -194,6 +195,7 @@ class Study:
             loss=values.loss,
             tail=values.tail,
             snapshots=values.snapshots,
+            start=values.start,
             lora=Lora(lora.rank, lora.alpha, lora.dropout, models.MODULES),
         )
         return replace(made, **changes)
@@ -337,7 +339,7 @@ class Results:
         for old in folder.glob("*.parquet"):
             old.unlink()
         for name, table in self.tables.items():
-            table.to_parquet(folder / f"{name}.parquet", compression="zstd", index=False)
+            write_table(table, folder / f"{name}.parquet")
         record = {**self.record, "files": {n: sha256_of(folder / f"{n}.parquet") for n in self.tables}}
         temporary = folder / ".record.json"
         temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -370,7 +372,23 @@ class Results:
         have = {cell["condition"] for cell in record["cells"]} | set(record["observed"])
         if wanted != have:
             raise UserError(f"The results in {folder} lack or exceed the design by {sorted(wanted ^ have)}. {again}")
-        return cls({name: pd.read_parquet(folder / f"{name}.parquet") for name in record["files"]}, record)
+        return cls({name: read_table(folder / f"{name}.parquet") for name in record["files"]}, record)
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Keep a table: raw observations only, since scores are computed again from them; reals in single precision."""
+    raw = table.drop(columns=list(score.COLUMNS)) if path.stem == "completions" and len(table) else table
+    doubles = raw.select_dtypes("float64").columns
+    raw.astype(dict.fromkeys(doubles, "float32")).to_parquet(
+        path, compression="zstd", compression_level=12, index=False
+    )
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A kept table; sampled answers are scored from their text."""
+    table = pd.read_parquet(path)
+    table = table.astype(dict.fromkeys(table.select_dtypes("float32").columns, "float64"))
+    return score.score_table(table) if path.stem == "completions" and len(table) else table
 
 
 def collect(design: Design, profile: Profile, lab: Lab) -> Results:
@@ -415,6 +433,9 @@ def collect(design: Design, profile: Profile, lab: Lab) -> Results:
             parts.setdefault(path.stem, []).append(table)
     _distinct_changes(design, lab)
     tables = {n: pd.concat(p, ignore_index=True) if p else pd.DataFrame() for n, p in parts.items()}
+    for name, table in tables.items():  # as precise as they are kept, so that a redrawing gives the same digits
+        doubles = table.select_dtypes("float64").columns
+        tables[name] = table.astype(dict.fromkeys(doubles, "float32")).astype(dict.fromkeys(doubles, "float64"))
     if len(tables["completions"]):
         tables["completions"] = score.score_table(tables["completions"])
     seconds = {stage.key: lab.store.manifest(stage)["provenance"]["seconds"] for stage in design.stages()}

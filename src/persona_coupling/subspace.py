@@ -65,11 +65,14 @@ class Chain:
         return replace(self.study.training(values), lora=lora(profile.lora, modules, rank))
 
     def sft(self, corpus: str, modules: str = "all", rank: int | None = None) -> Checkpoint:
-        """The raw model after SFT, whose random start is moved off the adapter's by `restart`."""
+        """The raw model after SFT; on all modules at the profile's rank, experiment 00's."""
         rows = self.study.corpus(corpus, seed=self.seed)
-        return self.study.raw.fine_tune(
-            rows, self._training("sft", modules, rank), seed=self.seed + self.values.restart
-        )
+        return self.study.raw.fine_tune(rows, self._training("sft", modules, rank), seed=self.seed)
+
+    def together(self, corpus: str) -> Checkpoint:
+        """The raw model after the same SFT from the adapter's own random A."""
+        training = replace(self._training("sft", "all"), start=self.study.profile.prebaked.start)
+        return self.study.raw.fine_tune(self.study.corpus(corpus, seed=self.seed), training, seed=self.seed)
 
     def adapter(self, modules: str = "all") -> Stage:
         """The pre-baked adapter on some modules."""
@@ -128,8 +131,8 @@ class Chain:
         return made
 
     def _twice(self, corpus: str) -> bool:
-        """Whether experiment 00's SFT, which started from the adapter's own random A, stands beside."""
-        return bool(self.values.restart) and corpus in self.values.control_corpora
+        """Whether an SFT that started from the adapter's own random A stands beside."""
+        return bool(self.values.together) and corpus in self.values.control_corpora
 
     def _draw(self, number: int) -> int:
         return FIRST_DRAW + 100 * self.seed + number
@@ -140,7 +143,7 @@ class Chain:
         for corpus in self.values.corpora:
             arm = arms.LETTERS[corpus]
             if self._twice(corpus):
-                cells.append(self.cell(f"{arm}.prebaked", self.study.sft(corpus, seed=self.seed).merge(self.adapter())))
+                cells.append(self.cell(f"{arm}.prebaked", self.together(corpus).merge(self.adapter())))
             for variant, change in self.changes(corpus).items():
                 cells.append(self.cell(f"{arm}.{variant}.prebaked", raw.merge(change).merge(self.adapter())))
         for corpus in self.values.random_scratch:
@@ -161,7 +164,7 @@ class Chain:
                     models_by_name[f"{arm}.{variant}"] = study.raw.merge(change)
             compared = {f"{arm}.whole": self.sft(corpus)}
             if self._twice(corpus):
-                compared[arm] = study.sft(corpus, seed=seed)
+                compared[arm] = self.together(corpus)
             for condition, model in compared.items():
                 stage = Overlap(model.last_change, self.adapter(), values.overlap_draws, FIRST_DRAW + seed)
                 made.append(Observation(condition, seed, stage))

@@ -61,6 +61,13 @@ class Training:
     max_grad_norm: float = 1.0
     snapshots: tuple[int, ...] = ()  # optimiser steps after which the change so far is kept too
 
+    start: int = 0  # which random start under a seed: runs that share it draw the same A and dropout stream
+
+    def draws(self, seed: int) -> int:
+        """The seed of initialisation and dropout. Two LoRA runs of one seed would draw the same random A and read the
+        same directions whatever they learn; runs with different `start` do not. The batch schedule keeps `seed`."""
+        return seed if self.start == 0 else int(np.random.SeedSequence([seed, self.start]).generate_state(1)[0])
+
     def __post_init__(self) -> None:
         if any(not 0 < step <= self.steps for step in self.snapshots):
             raise ValueError(f"snapshots {self.snapshots} of {self.steps} steps")
@@ -186,14 +193,14 @@ def fine_tune(
             check_attached(trainer.model, settings)
             save_adapter(trainer.model, place)
 
-    with quiet_transformers(), tempfile.TemporaryDirectory() as scratch, seeded(seed):
+    with quiet_transformers(), tempfile.TemporaryDirectory() as scratch, seeded(settings.draws(seed)):
         trainer = make_trainer(
             model,
             tokenizer,
             [{"input_ids": ids, "labels": labels} for ids, labels in rows],
             settings,
             None if settings.lora is None else lora_config(settings.lora),
-            seed=seed,
+            seed=settings.draws(seed),
             machine=machine,
             scratch=scratch,
             report=report,
