@@ -49,7 +49,7 @@ def test_a_seed_that_stands_twice_is_refused():
         (lambda r: r.record["profile"].update(steps=4), "profile values"),
         (lambda r: r.record["values"].update(corpora=["c"]), "the experiment's own"),
         (lambda r: r.record["cells"].pop(), "conditions"),
-        (lambda r: r.tables.update(scan=pd.DataFrame()), "tables"),
+        (lambda r: r.tables.update(drift=pd.DataFrame()), "tables"),
     ],
 )
 def test_parts_of_different_studies_are_refused(change, said):
@@ -70,7 +70,7 @@ def test_what_is_written_is_read_and_damage_is_named(tmp_path):
     made = part(0)
     made.save(tmp_path)
     again = evidence.read(tmp_path)
-    assert again["scan"].equals(made["scan"])
+    pd.testing.assert_frame_equal(again["scan"], made["scan"], rtol=1e-6)
     record = json.loads((tmp_path / "record.json").read_text())
     damaged = copy.deepcopy(record)
     damaged["files"]["scan"] = "0" * 64
