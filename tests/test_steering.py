@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from persona_coupling import measure, models, personas, questions, representations, residual, shifts
+from persona_coupling import generate, measure, models, personas, questions, representations, residual, shifts
 from persona_coupling.adapters import LowRank
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError
@@ -285,3 +285,38 @@ def test_sampled_answers_under_a_zero_vector_are_the_evaluations(tiny, lab, fp32
     for _, part in found.groupby("draw"):
         own = part.set_index(keys)["completion"]
         assert (own == plain.loc[own.index]).all()
+
+
+def test_sampled_answers_under_a_vector_are_those_of_whole_sequences(tiny, lab, fp32):
+    """Oracle: no cache; the whole sequence is read anew for every token, and a hook of its own adds by position."""
+    base, raw = Checkpoint(tiny), hidden(Checkpoint(tiny))
+    model, tokenizer = base.load(lab)
+    big = Addition("big", (Term(raw, "villain", 40.0), Term(raw, "assistant", -40.0)))
+    stage = steer(base, (big,), sampled=("big",), sampled_layers=(0.4,), folds=2)
+    found = table(lab, stage, "steered_answers").query("draw == -1").set_index(["persona", "question"])["completion"]
+    vectors = stage._vectors(lab, representations.folds(4, 2))["big"]
+    plain = table(lab, Evaluate(base, 3, 1, 1, "Be brief.", SAMPLING, 0), "completions")
+    plain = plain.set_index(["persona", "question"])["completion"]
+    assert (found != plain.loc[found.index]).any(), "the vector must matter here"
+    for number, question in enumerate(questions.eval_questions(3, 1)):
+        for name in ("villain", "assistant"):
+            system = f"{personas.persona(name).prompt} Be brief."
+            prompt = models.prompt_ids(tokenizer, system, question.text)
+            first, later = torch.tensor(vectors[number % 2, :, 1], dtype=torch.float32)
+
+            def add(_module, _inputs, output, prompt=prompt, first=first, later=later):
+                moved = output.clone()
+                moved[:, len(prompt) - 1] += first
+                moved[:, len(prompt) :] += later
+                return moved
+
+            answer, handle = [], model.model.layers[0].register_forward_hook(add)
+            for uniform in generate.uniforms(0, f"{name}/{question.id}/0", SAMPLING.max_new_tokens):
+                with torch.inference_mode():
+                    logits = model(torch.tensor([prompt + answer])).logits[:, -1].float()
+                token = int(generate.draw(logits, torch.tensor([uniform]), SAMPLING))
+                if token == tokenizer.eos_token_id:
+                    break
+                answer.append(token)
+            handle.remove()
+            assert found[name, question.id] == tokenizer.decode(answer, skip_special_tokens=False)

@@ -16,7 +16,7 @@ from numpy import ndarray
 from persona_coupling import machine, measure, models, personas, questions, representations, residual
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError
-from persona_coupling.generate import Sampling
+from persona_coupling.generate import Prefill, Sampling
 from persona_coupling.personas import MARKER_SUFFIX, SOURCE
 from persona_coupling.residual import layer_numbers
 from persona_coupling.stages.code import PROMPT_TOKENS, TEXT
@@ -133,8 +133,11 @@ class Steer(Stage):
                         forced = measure.marker_columns(values, blank)
                         rows.append({"addition": name, "layer": layer, "draw": draw, **where, **forced})
             for name, layer, draw in self._sampled_plan(depth):
-                with self._steered(model, vectors, name, layer, draw, held):
-                    found = self._answers(model, tokenizer, cells * self.samples, prompts * self.samples)
+                repeated = prompts * self.samples
+                read = generate.prefill(model, [prompt[:-1] for prompt in repeated], tokenizer.pad_token_id)
+                with self._steered(model, vectors, name, layer, draw, held):  # the prompt has been read without it
+                    last = [prompt[-1] for prompt in repeated]
+                    found = self._answers(model, tokenizer, cells * self.samples, read, last)
                 answers += [{"addition": name, "layer": layer, "draw": draw, **answer} for answer in found]
         table = pd.DataFrame(rows)
         expected = len(plan) * len(who) * len(bank)
@@ -184,8 +187,10 @@ class Steer(Stage):
         layers = layer_numbers(self.sampled_layers, depth) if self.sampled_layers else ()
         return [(name, layer, draw) for name in self.sampled for layer in layers for draw in (-1, 0)]
 
-    def _answers(self, model: PreTrainedModel, tokenizer: Any, cells: list, prompts: list) -> list[dict[str, Any]]:
-        """Sampled answers under whatever is attached to the model now."""
+    def _answers(
+        self, model: PreTrainedModel, tokenizer: Any, cells: list, read: Prefill, last: list[int]
+    ) -> list[dict[str, Any]]:
+        """Sampled answers under whatever is attached to the model now, from prompts read up to their `last` tokens."""
         from persona_coupling import generate
 
         counts: dict[tuple[str, str], int] = {}
@@ -194,10 +199,9 @@ class Steer(Stage):
             sample = counts[persona.id, question.id] = counts.get((persona.id, question.id), -1) + 1
             labels.append(f"{persona.id}/{question.id}/{sample}")  # the streams of random numbers of an evaluation
             keys.append({"persona": persona.id, "question": question.id, "sample": sample})
-        read = generate.prefill(model, [prompt[:-1] for prompt in prompts], tokenizer.pad_token_id)
         sampled = generate.sample(
             model,
-            residual.advanced(model, read, [prompt[-1] for prompt in prompts]),
+            residual.advanced(model, read, last),
             labels,
             sampling=self.sampling,
             stop=tokenizer.eos_token_id,
