@@ -46,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--model", default="", help="another model: a folder, or owner/name@revision of the hub")
         if name == "cells":
             command.add_argument("--into", default="", help="a folder for the tables instead of the experiments' own")
+            command.add_argument(
+                "--finished", action="store_true", help="build nothing: keep what a run that was cut off has finished"
+            )
     joined = commands.add_parser("combine", help="join results that were made in parts, seed by seed")
     _common(joined)
     joined.add_argument("parts", nargs="+", help="folders that `cells --into` wrote")
@@ -154,16 +157,27 @@ def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[noteboo
 
 
 def cells(arguments: argparse.Namespace) -> None:
-    """Build all stages and keep each experiment's tables, without notebooks or paper."""
+    """Build all stages and keep each experiment's tables, without notebooks or paper.
+
+    With `--finished` nothing is built: experiments whose artifacts are all there are kept, the others are named.
+    """
     from persona_coupling.study import Study
 
-    parameters, experiments = _built(arguments)
+    if arguments.finished:
+        parameters, experiments = _parameters(arguments), notebooks.choose(arguments.only)
+    else:
+        parameters, experiments = _built(arguments)
     study = Study.open(parameters["profile"], seeds=parameters["seeds"], model=parameters["model"] or None)
     for experiment in experiments:
         folder = experiment.results(parameters["profile"])
         if arguments.into:
             folder = Path(arguments.into).resolve() / experiment.name
-        study.run(notebooks.design_of(experiment, parameters), folder)
+        design = notebooks.design_of(experiment, parameters)
+        missing = sum(not study.lab.store.has(stage) for stage in design.stages()) if arguments.finished else 0
+        if missing:
+            print(f"  {experiment.name} lacks {missing} artifacts")
+            continue
+        study.run(design, folder)
         print(f"  results    {_short(folder)}/")
 
 

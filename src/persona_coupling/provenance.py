@@ -29,7 +29,8 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """The checkout's commit, with `+changes` if tracked code differs from it; `unknown` outside a checkout."""
+    """The checkout's commit, with `+changes` if tracked code differs from it. In a copy without git, what whoever made
+    the copy says in `$PERSONA_COUPLING_COMMIT`; otherwise `unknown`."""
 
     def git(*arguments: str) -> str:
         completed = subprocess.run(
@@ -41,8 +42,8 @@ def commit() -> str:
         head = git("rev-parse", "--short=12", "HEAD")
         changed = bool(git("status", "--porcelain", "--", "src", "experiments", "constraints.txt"))
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return (head + ("+changes" if changed else "")) if head else "unknown"
+        head, changed = "", False
+    return (head + ("+changes" if changed else "")) if head else os.environ.get("PERSONA_COUPLING_COMMIT", "unknown")
 
 
 @cache
