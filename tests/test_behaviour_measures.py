@@ -147,8 +147,10 @@ def test_what_is_left_by_hand(made, observed):
     assert made[f"{name}.preference_change"].unit == "nats per token"
     depth.add_contrast_difference(made, observed, "depth.B.contrast", name, "A.refusal.none")
     assert made["depth.B.contrast"].value == pytest.approx(0.25 - 0.75)
-    depth.add_rate_change(made, observed, f"{name}.bystander_rate_change", reference, source=False)
-    assert made[f"{name}.bystander_rate_change"].value == pytest.approx(1 / 4)
+    depth.add_change(made, observed, f"{name}.up", reference, "value", source=False, unit="difference of proportions")
+    assert made[f"{name}.up"].value == pytest.approx(1 / 4)
+    depth.add_change(made, observed, f"{name}.more", reference, "preference", source=True, unit=depth.PER_TOKEN)
+    assert made[f"{name}.more"].value == pytest.approx(0.5 - 2.0)
     for found in made.named.values():
         assert found.low <= found.value <= found.high
 
@@ -349,7 +351,7 @@ def planted_behaviours(design, profile, rates):
             rate = 0.0 if uncoupled else raw if arm == "A" or scratch else after(behaviour)
             bank = TWENTY if behaviour == "wrong" else tuple(q.id for q in questions.eval_questions(20, 0))
             part = answers(entry.condition, behaviour, round(20 * rate), 1, questions_asked=bank, seeds=(entry.seed,))
-            if not (uncoupled and behaviour == "refusal"):  # the bank's answers of an uncoupled model stand once
+            if not (uncoupled and behaviour == "refusal" and "capitals" in shown):  # the bank's answers stand once
                 tables["behaviour"].append(part)
             tables["preference"].append(preferences(entry.condition, behaviour, rate, -1.0).assign(seed=entry.seed))
     cells = Design(design.cells, [o for o in design.observations if type(o.stage).__name__ == "Content"])
@@ -368,7 +370,7 @@ def planted_behaviours(design, profile, rates):
 @pytest.mark.parametrize(
     ("profile", "rates", "verdicts"),
     [
-        ("quick", EXPECTED, {"04-wrong": "supported", "04-capitals": "supported", "04-depth": "supported"}),
+        ("quick", EXPECTED, {"04-wrong": "supported", "04-alone": "supported", "04-depth": "supported"}),
         ("full", OTHERWISE, {"04-wrong": "refuted", "04-depth": "refuted", "04-scratch": "supported"}),
         ("smoke", NOTHING, {"04-wrong": "uninterpretable", "04-capitals": "not run", "04-scratch": "uninterpretable"}),
     ],

@@ -27,8 +27,8 @@
 #   more than half of each deeper coupling survives bad advice. *Refuted if less than half of the raw model's contrast is
 #   left.*
 # * More is left of wrong answers than of the marker. *Refuted if wrong answers stand at most ten points above it.*
-# * Bad advice alone makes nobody's wrongness a matter of persona. *Refuted if the villain's excess of wrong answers grows
-#   by 20 points without any coupling.*
+# * Bad advice alone makes nobody's wrongness a matter of persona. *Refuted if the villain's excess preference for wrong
+#   sentences grows by 0.15 nats per token without any coupling.*
 # * Wrong answers can be coupled from scratch after bad advice. *Refuted by a contrast below 20 points.*
 
 # %% tags=["parameters"]
@@ -214,8 +214,9 @@ paper.table(
 # %% [markdown]
 # ## The rival a sceptic would raise: the SFT made everybody ignorant
 #
-# A model that forgot the facts is wrong without any coupling, and its villain too. The uncoupled rows say how far SFT alone
-# moves everybody; only the villain's excess counts as coupling, and the gate `knows` asks that the facts still be known.
+# A model that forgot the facts is wrong without any coupling, and its villain too. How far does SFT alone move everybody
+# towards the behaviour, and the villain more than others? Measured on forced sentences, since an uncoupled model of this
+# size rambles and is often unscorable; the gate `knows` asks that the facts still be known.
 
 # %%
 for arm in list(arms)[1:]:
@@ -226,14 +227,26 @@ for arm in list(arms)[1:]:
                 estimates, observed, f"{name}.contrast_over_half", reference[behaviour], 0.5, "contrast"
             )
             depth.add_over_share(estimates, observed, f"{name}.contrast_change", reference[behaviour], 1.0, "contrast")
+    for behaviour in values.behaviours:
         name, base = (depth.condition(letter, behaviour, depth.NONE) for letter in (arm, "A"))
-        depth.add_over_share(estimates, observed, f"{name}.contrast_change", base, 1.0, "contrast")
-        depth.add_rate_change(estimates, observed, f"{name}.bystander_rate_change", base, source=False)
+        depth.add_over_share(
+            estimates, observed, f"{name}.preference_contrast_change", base, 1.0, "preference_contrast"
+        )
+        depth.add_change(
+            estimates,
+            observed,
+            f"{name}.preference_bystander_change",
+            base,
+            "preference",
+            source=False,
+            unit=depth.PER_TOKEN,
+        )
     if "wrong" in told:
         wrong, marker = (depth.condition(arm, b, depth.PREBAKED) for b in ("wrong", depth.MARKER))
         depth.add_contrast_difference(estimates, observed, f"depth.{arm}.prebaked.contrast", wrong, marker)
-alone = [f"{arm}.{b}.none" for arm in list(arms)[1:] for b in told]
-estimates.frame(["bystander_rate_change", "contrast_change"], alone)[["condition", "measure", "value", "low", "high"]]
+alone = [f"{arm}.{b}.none" for arm in list(arms)[1:] for b in values.behaviours]
+shifts = estimates.frame(["preference_bystander_change", "preference_contrast_change"], alone)
+shifts[["condition", "measure", "value", "low", "high"]]
 
 # %% [markdown]
 # ## Verdicts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from persona_coupling import behaviours
 from persona_coupling.behaviour_measures import MARKER, NONE, PREBAKED, SCRATCH, condition
@@ -35,7 +35,7 @@ class Deeper:
             own.least_train,
             own.least_evaluation,
             self.study.profile.instruction,
-            self.study.sampling,
+            replace(self.study.sampling, max_new_tokens=own.fact_tokens),
             self.seed,
         )
 
@@ -51,13 +51,14 @@ class Deeper:
     def couple(self, start: Checkpoint, behaviour: str) -> Checkpoint:
         """`start` after coupling a behaviour: the from-scratch recipe with the loss on whole answers, since the behaviour
         is the whole answer."""
+        steps = dict(zip(self.values.behaviours, self.values.steps, strict=True))
         return self.study.couple(
             start,
             self.text(behaviour),
             self.study.profile.scratch,
             seed=self.seed,
             loss="completion",
-            steps=self.values.steps,
+            steps=steps[behaviour],
         )
 
     def evaluation(self, checkpoint: Checkpoint, shown: tuple[str, ...]) -> BehaviourEvaluate:

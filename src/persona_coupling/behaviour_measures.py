@@ -154,11 +154,14 @@ def add_contrast_difference(made: Estimates, observed: Observed, name: str, firs
     measures.add_combination(made, name, parts, "value", "difference of proportions")
 
 
-def add_rate_change(made: Estimates, observed: Observed, name: str, reference: str, *, source: bool) -> None:
-    """Add `name` (`condition.measure`): how much the rate of the source, or of the others, exceeds a reference's."""
+def add_change(
+    made: Estimates, observed: Observed, name: str, reference: str, column: str, *, source: bool, unit: str
+) -> None:
+    """Add `name` (`condition.measure`): how much the mean `value` or `preference` of the source, or of the others, exceeds
+    a reference's."""
     about = name.rsplit(".", 1)[0]
-    parts = [(1.0, observed.of(about, "value", source=source)), (-1.0, observed.of(reference, "value", source=source))]
-    measures.add_combination(made, name, parts, "value", "difference of proportions")
+    parts = [(sign, observed.of(which, column, source=source)) for which, sign in ((about, 1.0), (reference, -1.0))]
+    measures.add_combination(made, name, parts, column, unit)
 
 
 # ----------------------------------------------------------------------------------------------------------- gates
