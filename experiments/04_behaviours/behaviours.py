@@ -21,7 +21,8 @@
 # %% [markdown]
 # ## What we expected, and what would change our mind
 #
-# Written before the run (`paper/claims.toml` holds the exact predicates):
+# Written before any fine-tuned model was asked (`paper/claims.toml` holds the exact predicates); doses, the estimate of
+# `04-alone` and the gate `knows` were settled on the raw model alone:
 #
 # * The marker stands where every SFT trains an end of turn; a behaviour that is the whole answer has no such rival. So
 #   more than half of each deeper coupling survives bad advice. *Refuted if less than half of the raw model's contrast is
