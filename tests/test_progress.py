@@ -9,13 +9,15 @@ from typing import ClassVar
 
 import pytest
 
-from persona_coupling import progress
+from persona_coupling import machine, progress
 from persona_coupling.errors import UserError
 from persona_coupling.profiles import ModelValues
 from persona_coupling.progress import Speeds
 from persona_coupling.store import Stage, Store, Work, in_order
 
 Usage = namedtuple("Usage", "total used free")
+
+PLAIN = "cpu with bf16" if machine.cpu_has_fast_bf16() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def speeds(tmp_path):
 
 
 def test_a_first_guess_is_tokens_over_speed(tmp_path):
-    per_second = progress.SPEEDS["cpu"]["trained"]
+    per_second = progress.SPEEDS[PLAIN]["trained"]
     assert Speeds(tmp_path, "cpu").seconds(Job("a", tokens=1000)) == pytest.approx(1000 / per_second, abs=0.1)
     assert Speeds(tmp_path, "cpu", 50.0).seconds(Job("a", tokens=1000)) == pytest.approx(50_000 / per_second, abs=0.1)
     assert Speeds(tmp_path, "cuda:1").seconds(Job("a", tokens=10**6)) < Speeds(tmp_path, "cpu").seconds(
@@ -106,7 +108,7 @@ def test_plan_counts_what_is_missing(store, speeds, tmp_path):
     whole = progress.plan(stages, store, speeds)
     assert whole.missing == stages
     assert whole.megabytes == 60
-    assert whole.seconds == pytest.approx(66_000 / progress.SPEEDS["cpu"]["trained"], abs=0.3)
+    assert whole.seconds == pytest.approx(66_000 / progress.SPEEDS[PLAIN]["trained"], abs=0.3)
     assert "3 in all,    0 cached,    3 to make" in whole.text()
     assert "5 min" in whole.text()
     progress.Lab(store).folder(stages[0])

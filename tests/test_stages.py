@@ -75,7 +75,9 @@ EXAMPLES = [
     Truncated(FineTune(START, ROWS, TRAINING, 0), 2),
     Mixed(ROWS, FromFile("1" * 64, "/somewhere"), 0.5, 0),
     Drift(Checkpoint(SOURCE), START, 2, 1, "Be brief."),
-    LayerScan(START, FineTune(START, ROWS, TRAINING, 0), FromFile("2" * 64, "/x"), 1, ("only",), ("villain",), 2, 1, ""),
+    LayerScan(
+        START, FineTune(START, ROWS, TRAINING, 0), FromFile("2" * 64, "/x"), 1, ("only",), ("villain",), 2, 1, ""
+    ),
     Overlap(FineTune(START, ROWS, TRAINING, 0), FineTune(START, ROWS, TRAINING, 1), 2, 0),
     MatchedLoss(FineTune(START, ROWS, TRAINING, 0), FineTune(START, ROWS, TRAINING, 1), 2),
     Spectrum(FineTune(START, ROWS, TRAINING, 0), 2, 4),

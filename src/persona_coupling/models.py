@@ -16,6 +16,8 @@ import hashlib
 import importlib.metadata
 import json
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CODE = ("persona_coupling.models",)
+CONVERT = (
+    "import sys, pathlib; from persona_coupling import models; models.convert_gguf(*map(pathlib.Path, sys.argv[1:]))"
+)
 POINTER = "pointer.json"
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ATTENTION, MLP = MODULES[:4], MODULES[4:]
@@ -66,8 +71,13 @@ class WheelModel(Stage):
         return path
 
     def build(self, folder: Path, lab: Lab) -> None:
-        """Convert; see `convert_gguf`."""
-        convert_gguf(self.gguf(), folder)
+        """Convert in a process of its own, see `convert_gguf`: it leaves behind a heap in which training is slower, and
+        prints bars of its own."""
+        command = [sys.executable, "-c", CONVERT, str(self.gguf()), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"{self.distribution}'s model could not be converted: {reason}")
 
     def work(self) -> Work:
         """Measured: 26 s, 270 MB."""
