@@ -49,10 +49,11 @@ def answer(
 def blank_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many of the marker suffix's tokens are its blank line. Raises GuardError if a token spans both: then "after a
     blank line" has no meaning for this tokenizer."""
-    blank = models.text_ids(tokenizer, personas.SEPARATOR)
-    if models.text_ids(tokenizer, personas.MARKER_SUFFIX)[: len(blank)] != blank:
-        raise GuardError("the tokenizer joins the marker with the blank line before it")
-    return len(blank)
+    marker = models.text_ids(tokenizer, personas.MARKER_SUFFIX)
+    for count in range(1, len(marker)):
+        if tokenizer.decode(marker[:count]) == personas.SEPARATOR:
+            return count
+    raise GuardError("the tokenizer joins the marker with the blank line before it")
 
 
 def marker_columns(logprobs: Sequence[float] | np.ndarray, blank: int, prefix: str = "") -> dict[str, float]:
