@@ -92,8 +92,12 @@ def test_an_unknown_recipe_is_refused(changes, words):
         recipes(asked(**changes), crossed=True)
 
 
-@pytest.mark.parametrize(("profile", "rates"), [("full", [5e-6, 2e-5, 1e-4]), ("quick", [2.5e-4, 1e-3])])
+@pytest.mark.parametrize(
+    ("profile", "rates"),
+    [("full", [1.5e-5, 6e-5, 3e-4]), ("quick", [2.5e-4, 1e-3]), ("qwen2.5-7b", [5e-6, 2e-5, 1e-4])],
+)
 def test_rates_are_the_prior_labs_to_the_digit(profile, rates):
+    """In `full` three times the prior lab's, for a third of its steps."""
     study = Study.open(profile)
     found = [
         r.learning_rate(study) for r in recipes(study.values(EXPERIMENT), crossed=False) if r.name[:10] == "stale_tail"
@@ -112,7 +116,7 @@ def test_the_profiles_own_recipe_is_the_replications_artifact_and_others_are_not
     other = Recipe("onpolicy", "marker", "low", 0.25).cell(study, "B", first, seed=0, samples=1)
     change = other.checkpoint.last_change
     assert isinstance(change, FineTune)
-    assert (change.training.loss, change.training.learning_rate) == ("marker", 5e-6)
+    assert (change.training.loss, change.training.learning_rate) == ("marker", 1.5e-5)
     assert change.rows == study.coupling_text(first, seed=0)
     assert other.evaluation.samples == 1
     assert own.evaluation.samples == study.profile.evaluation.samples

@@ -434,8 +434,8 @@ def collect(design: Design, profile: Profile, lab: Lab) -> Results:
     _distinct_changes(design, lab)
     tables = {n: pd.concat(p, ignore_index=True) if p else pd.DataFrame() for n, p in parts.items()}
     for name, table in tables.items():  # as precise as they are kept, so that a redrawing gives the same digits
-        doubles = table.select_dtypes("float64").columns
-        tables[name] = table.astype(dict.fromkeys(doubles, "float32")).astype(dict.fromkeys(doubles, "float64"))
+        reals = table.select_dtypes("floating").columns
+        tables[name] = table.astype(dict.fromkeys(reals, "float32")).astype(dict.fromkeys(reals, "float64"))
     if len(tables["completions"]):
         tables["completions"] = score.score_table(tables["completions"])
     seconds = {stage.key: lab.store.manifest(stage)["provenance"]["seconds"] for stage in design.stages()}

@@ -46,7 +46,7 @@ def attribution(
             for row in shown.itertuples():
                 if row.value is not None and not pd.isna(row.value):
                     _draw_role(axes, row, places[str(row.factor)])
-            for factor in set(places) - set(shown["factor"]):
+            for factor in sorted(set(places) - set(shown["factor"])):
                 note = axes.text(0, places[factor], "  not counted so", va="center", fontsize=6.5, color=GREY)
                 note.set_in_layout(False)
             axes.axvline(0, color=GREY, linewidth=0.8, zorder=1)
