@@ -57,8 +57,19 @@ def save(figure: Figure, folder: Path, name: str, data: pd.DataFrame, stamp: str
             0.5, 0.5, stamp, ha="center", va="center", rotation=20, fontsize=22, color="0.5", alpha=0.35, zorder=10
         )
     with theme():
+        _settle(figure)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
         figure.savefig(folder / f"{name}.png", dpi=200, metadata={"Software": None})
     plt.close(figure)
     data.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
     return folder / f"{name}.svg"
+
+
+def _settle(figure: Figure) -> None:
+    """Lay the figure out once and round the axes' places: the layout's solver repeats itself to some 1e-13 only, and the
+    SVG's ids are hashes of exact places."""
+    figure.canvas.draw()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        x, y, width, height = axes.get_position(original=True).bounds
+        axes.set_position((round(x, 6), round(y, 6), round(width, 6), round(height, 6)), which="original")
