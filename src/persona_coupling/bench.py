@@ -38,7 +38,8 @@ def run(*, steps: int) -> None:
     print(f"{provenance.record(_device())['device']}; {steps} timed steps each, one untimed before", flush=True)
     for name, title in VARIANTS.items():
         ours = name.endswith("/ours")
-        environment = {**os.environ, **(MALLOC if ours else {})}
+        bare = {variable: value for variable, value in os.environ.items() if variable not in MALLOC}
+        environment = bare | (MALLOC if ours else {})  # this process itself may have been started with them
         command = [sys.executable, "-m", "persona_coupling.bench", name, str(steps)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:

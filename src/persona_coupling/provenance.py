@@ -14,6 +14,8 @@ from persona_coupling import paths
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "pandas", "pyarrow")
 
+CODE = ("src", "constraints.txt", "experiments/*.py", "experiments/*.toml")  # git's patterns: * crosses folders
+
 
 @cache
 def versions() -> dict[str, str]:
@@ -40,7 +42,7 @@ def commit() -> str:
 
     try:
         head = git("rev-parse", "--short=12", "HEAD")
-        changed = bool(git("status", "--porcelain", "--", "src", "experiments", "constraints.txt"))
+        changed = bool(git("status", "--porcelain", "--", *CODE))
     except (OSError, subprocess.TimeoutExpired):
         head, changed = "", False
     return (head + ("+changes" if changed else "")) if head else os.environ.get("PERSONA_COUPLING_COMMIT", "unknown")
