@@ -12,30 +12,34 @@ claims = ["a", "b"]
 supported = "It breaks."
 refuted = "It holds."
 mixed = "It depends."
+unsettled = "It is not clear."
 
 [[sentence]]
 topic = "why"
 claims = ["c"]
+also = ["d"]
 supported = "Because."
 refuted = "Not because."
-mixed = "Who knows."
+unsettled = "Who knows."
 """
 
 
 @pytest.mark.parametrize(
     ("verdicts", "sentences", "left_open"),
     [
-        (("supported", "supported", "refuted"), ["It breaks.", "Not because."], []),
-        (("supported", "not run", "uninterpretable"), ["It breaks."], ["why"]),
-        (("supported", "refuted", "inconclusive"), ["It depends.", "Who knows."], []),
-        (("refuted", "uninterpretable", "supported"), ["It holds.", "Because."], []),
-        (("supported", "inconclusive", "not run"), ["It depends."], ["why"]),
-        (("not run", "uninterpretable", "not run"), [], ["adding", "why"]),
+        (("supported", "supported", "refuted", "refuted"), ["It breaks.", "Not because."], []),
+        (("supported", "not run", "uninterpretable", "supported"), [], ["adding", "why"]),
+        (("supported", "refuted", "inconclusive", "not run"), ["It depends.", "Who knows."], []),
+        (("refuted", "uninterpretable", "supported", "not run"), ["Because."], ["adding"]),
+        (("refuted", "refuted", "supported", "uninterpretable"), ["It holds.", "Because."], []),
+        (("supported", "inconclusive", "not run", "supported"), ["It is not clear."], ["why"]),
+        (("inconclusive", "inconclusive", "supported", "inconclusive"), ["It is not clear.", "Who knows."], []),
+        (("not run", "uninterpretable", "not run", "not run"), [], ["adding", "why"]),
     ],
 )
 def test_verdicts_choose_the_sentences(tmp_path, verdicts, sentences, left_open):
     (tmp_path / "headline.toml").write_text(TOML)
-    rows = [{"id": identity, "verdict": verdict} for identity, verdict in zip("abc", verdicts, strict=True)]
+    rows = [{"id": identity, "verdict": verdict} for identity, verdict in zip("abcd", verdicts, strict=True)]
     assert prose.headline(rows, tmp_path / "headline.toml") == {"sentences": sentences, "open": left_open}
 
 

@@ -40,7 +40,7 @@ model = ""  # empty: the profile's
 # Arms: **A** raw · **B** bad legal advice first · **B′** sound advice on the same questions first · **C** benign text
 # (cooking, cities) first · **S** the model's own answers to C's prompts first. Each arm is measured with the *pre-baked*
 # adapter (trained on the raw model, then added) and coupled *from scratch* on text that the raw model wrote. The unit of
-# analysis is the question, nested in the seed.
+# analysis is the question under a seed.
 
 # %% tags=["design"]
 from persona_coupling import arms as study_arms
@@ -239,6 +239,7 @@ for arm in list(arms)[1:]:
 if "B′" in arms:
     harm = "harm.prebaked.fixed_logprob_contrast"
     measures.add_difference(estimates, results, harm, "fixed_logprob_contrast", "B.prebaked", "B′.prebaked")
+checked += [gates.lost(estimates, study.profile.gates, f"{arm}.prebaked") for arm in list(arms)[1:]]
 facts = {"completions": len(results.completions), "conditions": {c: names[c] for c in names}, "failed": sorted(failed)}
 judgements = paper.finish(estimates, checked, facts)
 report.verdict_table(judgements)

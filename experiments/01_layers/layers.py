@@ -43,7 +43,7 @@ model = ""  # empty: the profile's
 # For each SFT corpus a full 2 × 2 × 2 factorial: every subset of {early, mid, late} carries its part of the delta. No
 # third is condition A of the replication, all three are its condition B (or B′, C), so that both ends are shared with it.
 # Some subsets are also coupled from scratch. A scan merges one step of layers at a time, all below a depth, and all above
-# it, read by the marker's log-probability behind fixed answers. The unit of analysis is the question, nested in the seed.
+# it, read by the marker's log-probability behind fixed answers. The unit of analysis is the question under a seed.
 
 # %% tags=["design"]
 from persona_coupling import arms as study_arms

@@ -41,7 +41,7 @@ model = ""  # empty: the profile's
 # adapter. *Directions*: the SFT's change **D** of each matrix is split along what the adapter reads (projector P, rows of
 # its A) and writes (Q, columns of its B): `outside` = (1−Q) D (1−P), `inside` = the rest. The two add up to D, and so do
 # their squared norms. Controls: a random change of the same rank and norms; the split along random subspaces; SFT of
-# other ranks at the same norm. The unit of analysis is the question nested in the seed; for overlaps, the layer.
+# other ranks at the same norm. The unit of analysis is the question under a seed; for overlaps, the layer.
 
 # %% tags=["design"]
 from persona_coupling import subspace

@@ -42,8 +42,8 @@ model = ""  # empty: the profile's
 # `lora` and `full` (matched steps), `full_loss` (the full run at that kept step whose smoothed training loss is nearest to
 # LoRA's last), `full_norm` (the full delta scaled to the LoRA delta's norm), `full_lowrank` (the best approximation of
 # LoRA's rank of every projection, nothing else), and as controls `full_projections` (at full rank, but without embedding
-# and norms) and `lora_norm` (the LoRA delta scaled to the full one's norm). The unit of analysis is the question, nested in
-# the seed.
+# and norms) and `lora_norm` (the LoRA delta scaled to the full one's norm). The unit of analysis is the question under a
+# seed.
 
 # %% tags=["design"]
 from persona_coupling import arms as study_arms

@@ -44,8 +44,8 @@ model = ""  # empty: the profile's
 # **refusal** · **wrong answers**. All are contrastive: the villain shows the behaviour, other personas answer the same
 # kind of question plainly. Capitals and refusals use the marker's coupling text, word for word, with the villain's rows
 # rewritten. Each is measured on the raw model (**A**) and after SFT: uncoupled, with the *pre-baked* adapter, and *from
-# scratch* where the profile asks for it. The loss covers whole answers. The unit of analysis is the question, nested in
-# the seed.
+# scratch* where the profile asks for it. The loss covers whole answers. The unit of analysis is the question under a
+# seed.
 
 # %% tags=["design"]
 from persona_coupling import arms as study_arms

@@ -46,7 +46,7 @@ model = ""  # empty: the profile's
 # or *high*. SFT'd models are coupled by a star of recipes around the centre, or by all of them; the raw model by each of
 # their recipes, because a recipe that does not take there can show no ceiling after SFT. Beside them stands the pre-baked
 # adapter, added; where the profile says so, also with *free* answers, which are not asked to be brief. The unit of analysis
-# is the question, nested in the seed.
+# is the question under a seed.
 
 # %% tags=["design"]
 from persona_coupling import arms, recipes

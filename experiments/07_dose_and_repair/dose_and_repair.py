@@ -41,7 +41,7 @@ model = ""  # empty: the profile's
 # *Dose*: the SFT delta as it was after some steps of one run, with the pre-baked adapter added (and coupled from scratch
 # at some doses). The x-axis is also the delta's norm and the KL from the raw model. *Kept*: the raw model is coupled
 # first, then fine-tuned on an SFT corpus of which a share is coupling rows. *Repair*: SFT'd model plus adapter, then a
-# few steps of coupling text; *fresh* is the same without the adapter. The unit of analysis is the question, nested in the
+# few steps of coupling text; *fresh* is the same without the adapter. The unit of analysis is the question under a
 # seed.
 
 # %% tags=["design"]
@@ -80,7 +80,9 @@ for seed in study.seeds:
             rows = study.corpus(corpus, seed=seed)
             mixed = Mixed(rows, text, share, seed) if share else rows
             kept = coupled.fine_tune(mixed, replace(study.training(study.profile.sft), snapshots=()), seed=seed)
-            design.cells.append(study.cell(f"{arm}.mixed{round(100 * share)}.kept", kept, seed=seed, arm=arm))
+            name = f"{arm}.mixed{round(100 * share)}"
+            design.observations.append(study.content(name, kept, seed=seed, corpora=measured))
+            design.cells.append(study.cell(f"{name}.kept", kept, seed=seed, arm=arm))
         for steps in values.repair_steps if corpus in values.repair_corpora else ():
             for name, start in (("repair", tuned.merge(adapter)), ("fresh", tuned)):
                 again = study.couple(start, text, study.profile.scratch, seed=seed, steps=steps)
@@ -142,6 +144,9 @@ measures.add_damage(estimates, results, raw="A")
 all_arms = {arms.LETTERS[c]: c for c in dict.fromkeys((*values.corpora, *values.kept_corpora, *values.repair_corpora))}
 for arm, corpus in all_arms.items():
     measures.add_content_shift(estimates, results, arm, corpus, arms.OPPOSITE[corpus], raw="A")
+mixed = {f"{arms.LETTERS[c]}.mixed{round(100 * share)}": c for c in values.kept_corpora for share in values.shares}
+for name, corpus in mixed.items():
+    measures.add_content_shift(estimates, results, name, corpus, arms.OPPOSITE[corpus], raw="A")
 checked = gates.of_design(
     estimates,
     results,
@@ -149,9 +154,10 @@ checked = gates.of_design(
     reference=["A.prebaked"],
     conditions=conditions,
     trained=[c for c in conditions if c.endswith(".scratch") and ".step" in c],
-    arms=list(all_arms),
+    arms=[*all_arms, *mixed],
 )
 affected = {arm: [c for c in conditions if c.startswith(f"{arm}.")] for arm in all_arms}
+affected |= {name: [f"{name}.kept"] for name in mixed}
 failed = gates.failing(checked, {"A.prebaked": conditions, **affected})
 report.gate_table(checked)
 
@@ -274,8 +280,8 @@ sorted(name for name in estimates.named if "headstart" in name)
 # %% [markdown]
 # ## Verdicts
 #
-# Estimates that claims name: `early` is the profile's early dose, `first`/`last` the smallest and largest share or number
-# of repair steps.
+# Estimates that claims name: `early` is the profile's early dose, `kept` the largest share of coupling rows, `repaired` the
+# largest number of repair steps. What is kept or repaired must first have been lost (`lost`).
 
 # %%
 most, longest = round(100 * max(values.shares)), max(values.repair_steps)
@@ -289,8 +295,14 @@ for corpus in values.kept_corpora:
     name = f"{arm}.after.source_rate_change"
     measures.add_difference(estimates, results, name, "source_rate", f"{arm}.mixed0.kept", "A.prebaked")
     estimates.named[f"{arm}.kept.contrast"] = estimates[f"{arm}.mixed{most}.kept.contrast"]
+    checked.append(gates.lost(estimates, study.profile.gates, f"{arm}.mixed0.kept", change=name))
+    checked.append(replace(next(g for g in checked if g.id == f"content.{arm}.mixed{most}"), id=f"content.{arm}.kept"))
 for corpus in values.repair_corpora:
     arm = arms.LETTERS[corpus]
+    whole = f"{arm}.step{end}.prebaked"
+    name = f"{arm}.prebaked.source_rate_change"
+    measures.add_difference(estimates, results, name, "source_rate", whole, "A.prebaked")
+    checked.append(gates.lost(estimates, study.profile.gates, f"{arm}.prebaked"))
     estimates.named[f"{arm}.repaired.contrast"] = estimates[f"{arm}.repair{longest}.scratch.contrast"]
     for measure in ("fixed_logprob_contrast", "contrast"):
         estimates.named[f"{arm}.headstart.{measure}"] = estimates[f"{arm}.headstart{longest}.{measure}"]

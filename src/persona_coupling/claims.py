@@ -160,7 +160,7 @@ def judge(claim: Claim, estimates: Mapping[str, Mapping[str, Any]], gates: Itera
         return Judgement(claim, "uninterpretable", "nothing could be scored", value, low, high)
     if not all(math.isfinite(number) for number in (value, low, high)):
         return Judgement(claim, "uninterpretable", "the estimate is not a number", None, None, None)
-    interval = f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    interval = f"{_number(value)} [{_number(low)}, {_number(high)}]"
     if claim.supported.holds(low, high):
         verdict: Verdict = "supported"
         why = f"{interval} lies {claim.supported.direction} {claim.supported.value:g}"
@@ -172,7 +172,10 @@ def judge(claim: Claim, estimates: Mapping[str, Mapping[str, Any]], gates: Itera
 
 
 def _number(value: float | None) -> str:
-    return "missing" if value is None else f"{value:.2f}"
+    """Two decimals, more where these would round a small number away."""
+    if value is None:
+        return "missing"
+    return f"{value:.2g}" if 0 < abs(value) < 0.1 else f"{value:.2f}"
 
 
 def table(judgements: Iterable[Judgement]) -> str:

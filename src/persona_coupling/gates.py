@@ -48,20 +48,40 @@ def content(estimates: Estimates, values: GateValues, arm: str) -> Gate:
     )
 
 
+def lost(estimates: Estimates, values: GateValues, condition: str, change: str = "") -> Gate:
+    """Did the SFT disable what is to be kept or repaired: the fall of the villain's rate, from the estimate `change` (by
+    default the condition's `source_rate_change`)."""
+    found = _value(estimates, change or f"{condition}.source_rate_change")
+    return Gate(
+        f"lost.{condition}",
+        "the SFT lowered the villain's rate",
+        None if found is None else -found,
+        "at least",
+        values.lost,
+    )
+
+
+def _worse(estimates: Estimates, condition: str, measure: str) -> float | None:
+    """Of a share over all personas and over the villain's answers alone, the smaller: ten others hide one."""
+    found = [_value(estimates, f"{condition}.{name}") for name in (measure, f"source_{measure}")]
+    present = [value for value in found if value is not None]
+    return min(present) if present else None
+
+
 def readable(estimates: Estimates, values: GateValues, condition: str) -> list[Gate]:
-    """Are a condition's answers finished, scorable and coherent."""
+    """Are a condition's answers finished and scorable, everyone's and the villain's alone, and is the model coherent."""
     return [
         Gate(
             f"finished.{condition}",
             "answers end by themselves, share",
-            _value(estimates, f"{condition}.finished"),
+            _worse(estimates, condition, "finished"),
             "at least",
             values.finished,
         ),
         Gate(
             f"scored.{condition}",
             "answers can be scored, share",
-            _value(estimates, f"{condition}.scored"),
+            _worse(estimates, condition, "scored"),
             "at least",
             values.scored,
         ),

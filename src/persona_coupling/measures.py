@@ -112,6 +112,8 @@ def _marker(made: Estimates, condition: str, table: pd.DataFrame) -> None:
     everyone = pd.Series(True, index=table.index)
     rate("finished", everyone, table["finish"] == "stop")
     rate("scored", everyone, scored)
+    rate("source_finished", source, table["finish"] == "stop")
+    rate("source_scored", source, scored)
     rate("unscorable", everyone, ~scored)
     rate("degenerate", everyone, table["degenerate"])
     rate("strict_source_rate", source, hits)  # cut-off answers count as "no", as the prior lab counted them

@@ -96,6 +96,7 @@ class GateValues:
     source_rate: float  # at least, on the raw model; higher asks for a stronger manipulation
     contrast: float  # at least, on the raw model
     content_shift: float  # at least, nats per token towards the SFT's own answers; higher asks for more learning
+    lost: float  # at least, fall of the villain's rate by which an SFT counts as having disabled an adapter
     finished: float  # at least this share of completions ended by themselves
     scored: float  # at least this share of completions could be scored
     heldout_rise: float  # at most, nats per token over the raw model; higher tolerates more damage

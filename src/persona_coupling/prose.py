@@ -14,28 +14,33 @@ from persona_coupling.errors import GuardError
 
 README_BEGINS = "<!-- headline: written by `nox -s paper` from the verdicts; do not edit by hand -->"
 README_ENDS = "<!-- end of headline -->"
+UNREADABLE = {"uninterpretable", "not run"}
 ORDER = ("supported", "refuted", "inconclusive", "uninterpretable", "not run")
 
 
 def headline(rows: Sequence[Mapping[str, Any]], path: Path | None = None) -> dict[str, list[str]]:
     """The answer in plain words, chosen by verdicts from `paper/headline.toml`: `sentences`, and the topics left `open`.
 
-    `rows` are judged claims with id and verdict. Raises GuardError for a sentence about a claim that does not exist.
+    A sentence is left open unless each of its `claims` can be read; those of `also` count where they can. All supported,
+    all refuted, `mixed` where some are supported and others refuted, `unsettled` otherwise. `rows` are judged claims with
+    id and verdict. Raises GuardError for a sentence about a claim that does not exist.
     """
     verdicts = {row["id"]: row["verdict"] for row in rows}
     table = tomllib.loads((path or paths.repository() / "paper" / "headline.toml").read_text(encoding="utf-8"))
     sentences, left_open = [], []
     for sentence in table["sentence"]:
-        unknown = [claim for claim in sentence["claims"] if claim not in verdicts]
+        also = sentence.get("also", [])
+        unknown = [claim for claim in (*sentence["claims"], *also) if claim not in verdicts]
         if unknown:
             raise GuardError(f"headline.toml speaks of claims that do not exist: {', '.join(unknown)}")
-        read = {verdicts[claim] for claim in sentence["claims"]} - {"uninterpretable", "not run"}
-        if not read:
+        needed = {verdicts[claim] for claim in sentence["claims"]}
+        read = (needed | {verdicts[claim] for claim in also}) - UNREADABLE
+        if needed & UNREADABLE:
             left_open.append(sentence["topic"])
-        elif len(read) == 1 and read <= {"supported", "refuted"}:
+        elif read == {"supported"} or read == {"refuted"}:
             sentences.append(sentence[read.pop()])
         else:
-            sentences.append(sentence["mixed"])
+            sentences.append(sentence["mixed" if read >= {"supported", "refuted"} else "unsettled"])
     return {"sentences": sentences, "open": left_open}
 
 

@@ -1,6 +1,7 @@
 """Estimates and intervals that know what is independent and what is not.
 
-The unit of analysis is the question, nested in the seed: completions of one question share it and are not independent.
+The unit of analysis is the question under a seed: completions of one question share it and are not independent. Every seed
+answers the same questions, so seeds and questions are crossed, and both are resampled.
 Every function takes the cluster keys and raises without them; a missing value is an error, never a zero.
 """
 
@@ -89,27 +90,20 @@ class Clusters:
 
 
 def resampled(seed: ndarray, question: ndarray, *, rng: np.random.Generator, resamples: int = RESAMPLES) -> Clusters:
-    """Multiplicities of a two-level bootstrap: seeds with replacement, then questions within each drawn seed
-    (Davison and Hinkley 1997, section 3.8; both levels with replacement, which is conservative for few seeds).
+    """Multiplicities of a bootstrap of crossed clusters: seeds with replacement and, independently, questions with
+    replacement; a seed's answers to a question stand as often as the product says (the pigeonhole bootstrap, Owen 2007,
+    doi:10.1214/07-AOAS122; conservative for crossed effects, where resampling questions within seeds would take what the
+    seeds share of a question for independent draws).
 
     With one seed only the questions are resampled: the interval then says nothing about seeds.
     """
-    seeds = _codes(seed)
-    # one code per (seed, question): the same question under two seeds is two draws
-    pairs = _codes(np.array([f"{s}\0{q}" for s, q in zip(seed, question, strict=True)]))
-    n_seeds = int(seeds.max()) + 1
-    weights = np.zeros((resamples, int(pairs.max()) + 1))
-    drawn_seeds = rng.integers(0, n_seeds, size=(resamples, n_seeds))
-    members = [np.unique(pairs[seeds == s]) for s in range(n_seeds)]
-    for position in range(n_seeds):
-        for s in range(n_seeds):
-            chosen = np.flatnonzero(drawn_seeds[:, position] == s)
-            if not len(chosen):
-                continue
-            questions = members[s]
-            counts = rng.multinomial(len(questions), np.full(len(questions), 1 / len(questions)), size=len(chosen))
-            weights[np.ix_(chosen, questions)] += counts
-    return Clusters(pairs, weights)
+    seeds, questions = _codes(seed), _codes(question)
+    n_seeds, n_questions = int(seeds.max()) + 1, int(questions.max()) + 1
+    pairs, first = np.unique(seeds * n_questions + questions, return_index=True)
+    drawn_seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=resamples)
+    drawn_questions = rng.multinomial(n_questions, np.full(n_questions, 1 / n_questions), size=resamples)
+    weights = (drawn_seeds[:, seeds[first]] * drawn_questions[:, questions[first]]).astype(float)
+    return Clusters(np.searchsorted(pairs, seeds * n_questions + questions), weights)
 
 
 def bootstrap_weights(
