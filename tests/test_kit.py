@@ -373,3 +373,27 @@ def test_the_citation_agrees_with_package_changelog_and_paper() -> None:
     title = re.search(r'#let title = "(.+)"', (ROOT / "paper/main.typ").read_text(encoding="utf-8"))
     assert title
     assert citation["preferred-citation"]["title"] == title[1]
+
+
+# ----------------------------------------------------------------------------------------------------------- checklists
+
+
+def test_the_checklists_answers_are_plain_and_point_at_what_exists() -> None:
+    text = (ROOT / "docs/CHECKLIST.md").read_text(encoding="utf-8")
+    rows = [
+        line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and "asked" not in line
+    ]
+    rows = [row for row in rows if row[0] != "badge"]
+    assert len(rows) > 20
+    assert {row[1] for row in rows} <= {"yes", "partly", "no", "does not apply", "not ours to say"}
+    assert all(len(row) == 3 and row[2] for row in rows)
+    written = {"codecheck.yml", "ro-crate-metadata.json", "record.json"}  # with evidence, by commands that tests run
+    pointers = set(re.findall(r"`([\w./-]+)`", text)) - written
+    paths_named = {name for name in pointers if "/" in name or name.rsplit(".", 1)[-1] in ("md", "cff", "txt", "toml")}
+    assert len(paths_named) > 10
+    assert [name for name in sorted(paths_named) if not (ROOT / name).exists()] == []
+    sources = "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "paper/main.typ", *ROOT.glob("experiments/*/section.typ"))
+    )
+    for section in set(re.findall(r"(?<!\*)\*([A-Z][^*]+)\*(?!\*)", text)):
+        assert section in sources.replace("_", ""), section
