@@ -188,6 +188,13 @@ def test_every_file_is_listed_with_its_figure_or_table_and_its_hash(root: Path) 
     assert not re.search("FIXME|TODO|XXXX", text)
 
 
+def test_what_other_commands_leave_beside_is_listed_where_it_is(root: Path) -> None:
+    (root / "paper/generated/quick/mutations.json").write_text("{}")
+    kit.write("quick")
+    assert "mutations.json\n  comment: What the verifier caught" in (root / "codecheck.yml").read_text(encoding="utf-8")
+    assert "noise_floor" not in (root / "codecheck.yml").read_text(encoding="utf-8")
+
+
 def test_written_again_they_are_the_same_bytes(root: Path) -> None:
     first = {path: path.read_bytes() for path in kit.write("quick")}
     assert len(first) == 3
@@ -247,10 +254,12 @@ def test_every_claim_has_a_row_with_what_one_should_see(root: Path) -> None:
     assert "`nox -s reproduce -- --profile quick --only 02` runs it" in text
 
 
-def test_minutes_of_a_spot_check_are_shared_work_and_the_mean_cells(root: Path) -> None:
+def test_minutes_of_a_spot_check_count_what_cells_have_in_common_once(root: Path) -> None:
     record = json.loads((root / f"experiments/{ONE}/results/quick/record.json").read_text())
-    # by hand: rows 90 s; the cells take 60 + 120 + 300 and 30 + 150 + 300 s
-    assert kit.spotcheck_minutes(record) == pytest.approx((90 + 480 + 480) / 60)
+    # by hand: rows 90 s, the first change of both cells 300 s once, then 60 + 120 and 30 + 150 s
+    assert kit.spotcheck_minutes(record) == pytest.approx((90 + 300 + 180 + 180) / 60)
+    assert kit.spotcheck_minutes(record, cells=1) == pytest.approx((90 + 300 + 180) / 60)
+    assert kit.spotcheck_minutes(record, cells=5) <= sum(record["stages"].values()) / 60
 
 
 def test_the_repositorys_page_has_the_comments_and_types_no_claim() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ CODECHECK_HEAD = """\
 # check_time. Version 1.0 of the specification: 2.0 requires ORCIDs and a published reference, and we have neither.
 # Beyond the specification, each file has its size in bytes and its SHA-256.
 """
+BESIDE = {  # what other commands leave among the generated files, where they were run
+    "mutations.json": "What the verifier caught of forged evidence",
+    "noise_floor.json": "How far trainings differ that differ in nothing but noise",
+}
 CELLS = 2  # of a spot check, in the commands and minutes that REVIEWERS.md gives
 
 
@@ -115,6 +120,8 @@ def manifest(profile: str, found: Outline) -> dict[str, str]:
         files[file] = "; ".join([f"Numbers, gates and verdicts of Section {section}", *drawn.pop(file, [])])
     file = str(generated / "index.json")
     files[file] = "; ".join(["All verdicts, gates and settings", *drawn.pop(file, [])])
+    beside = {str(generated / name): what for name, what in BESIDE.items()}
+    files |= {name: what for name, what in beside.items() if (root / name).is_file()}
 
     missing = sorted(name for name in files if not (root / name).is_file())
     if missing:
@@ -218,16 +225,15 @@ def _link(path: Path) -> str:
 
 
 def spotcheck_minutes(record: Mapping[str, Any], cells: int = CELLS) -> float:
-    """Upper estimate of what some of an experiment's cells take from nothing, in minutes: the mean cell's training and
-    sampling, and everything that cells share (model, text, rows)."""
+    """What some of an experiment's cells take from nothing, in minutes, averaged over all choices of them: their own
+    training and sampling, what they have in common once, and, as an upper estimate, everything that is no cell's own
+    (model, text, rows, observations)."""
     stages = record["stages"]
-    own = {key.split("/")[-1] for cell in record["cells"] for key in [cell["evaluation"], *cell["changes"]]}
-    each = [
-        sum(stages.get(key.split("/")[-1], 0.0) for key in [cell["evaluation"], *cell["changes"]])
-        for cell in record["cells"]
-    ]
-    shared = sum(seconds for key, seconds in stages.items() if key not in own)
-    return (shared + cells * sum(each) / max(len(each), 1)) / 60
+    own = [{key.split("/")[-1] for key in (cell["evaluation"], *cell["changes"])} for cell in record["cells"]]
+    choices = [set().union(*chosen) for chosen in combinations(own, min(cells, len(own)))]
+    shared = set(stages) - set().union(*own)
+    each = [sum(stages.get(key, 0.0) for key in shared | chosen) for chosen in choices]
+    return sum(each) / len(each) / 60
 
 
 def _minutes(value: float) -> str:
