@@ -84,6 +84,12 @@ def claims(session: nox.Session) -> None:
 
 
 @nox.session
+def kit(session: nox.Session) -> None:
+    """Write REVIEWERS.md's claims, codecheck.yml and RO-Crate metadata again, as `paper` does at its end."""
+    command(session, "kit")
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """All tests, one notebook end to end included. Arguments after -- go to pytest."""
     session.run(lab(session), "-m", "pytest", *session.posargs, external=True)

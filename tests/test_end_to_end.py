@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
+import yaml
 
 from persona_coupling import paths
 
@@ -139,6 +142,37 @@ def test_paper_redraws_the_same_bytes_without_a_model(root: Path) -> None:
         hidden.rename(root / "artifacts")
     changed = [path.name for path in before if path.read_bytes() != before[path]]
     assert not changed
+
+
+def test_the_kit_knows_every_figure_table_and_claim_of_the_real_paper(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from persona_coupling import kit
+
+    whole = tmp_path / "whole"
+    shutil.copytree(root, whole, ignore=shutil.ignore_patterns("artifacts"))
+    for name in ("README.md", "REVIEWERS.md", "CITATION.cff", "constraints.txt", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, whole / name)
+    monkeypatch.setenv("PERSONA_COUPLING_ROOT", str(whole))
+    kit.write("smoke")
+    comments = {
+        entry["file"]: entry["comment"] for entry in yaml.safe_load((whole / "codecheck.yml").read_text())["manifest"]
+    }
+    count = 0
+    for section in sorted(whole.glob("experiments/*/section.typ")):
+        source, experiment = section.read_text(encoding="utf-8"), section.parent.name
+        for name in re.findall(r'^\s*#fig\(experiment, "(\w+)"', source, flags=re.MULTILINE):
+            count += 1
+            assert comments[f"figures/smoke/{experiment}-{name}.svg"].startswith(f"Figure {count}: ")
+        for name in re.findall(r'^\s*#tab\(experiment, "(\w+)"', source, flags=re.MULTILINE):
+            assert re.match(r"Table \d+: ", comments[f"paper/generated/smoke/{experiment}-{name}.json"])
+    assert count >= 8
+    rows = re.findall(
+        r"^\| `(\d\d-[a-z-]+)` \|", (whole / "REVIEWERS.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    known = tomllib.loads((REPOSITORY / "paper/claims.toml").read_text(encoding="utf-8"))["claim"]
+    assert sorted(rows) == sorted(claim["id"] for claim in known)
+    assert kit.differences() == []
 
 
 def test_results_of_other_profile_values_are_refused(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commands behind the nox sessions: `python -m persona_coupling reproduce|paper|claims|plan|bench`."""
+"""The commands behind the nox sessions: `python -m persona_coupling reproduce|paper|claims|kit|plan|bench`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         _common(commands.add_parser(name, help=what))
         if name == "paper":
             commands.choices[name].add_argument("--notes", action="store_true", help="execute the lab notes again too")
+    _common(commands.add_parser("kit", help="write REVIEWERS.md's claims, codecheck.yml and RO-Crate metadata again"))
     bench = commands.add_parser("bench", help="measure training and sampling side by side")
     bench.add_argument("--steps", type=int, default=8, help="timed steps; 8 batches are one window of lengths")
     chosen = parser.parse_args(arguments)
@@ -249,7 +250,7 @@ def build_paper(profile: str) -> Path:
     """Write the PDF from generated files alone. Raises UserError with typst's message."""
     import typst
 
-    from persona_coupling import prose
+    from persona_coupling import kit, prose
 
     folder = paths.generated(profile)
     index = prose.write_index(folder)
@@ -270,7 +271,20 @@ def build_paper(profile: str) -> Path:
         raise UserError(f"The paper does not compile: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+    if profile == _evidence() and (paths.repository() / "REVIEWERS.md").is_file():
+        kit.write(profile)
     return target
+
+
+def write_kit(arguments: argparse.Namespace) -> None:
+    """The artifact-evaluation kit of the evidence, from generated files."""
+    from persona_coupling import kit
+
+    name = stored_profile(arguments.profile)
+    if name != _evidence():
+        raise UserError(f"The kit describes the evidence, which is of the profile {_evidence()}, not {name}.")
+    for path in kit.write(name):
+        print(f"  {_short(path)}")
 
 
 def print_claims(profile: str) -> None:
@@ -309,5 +323,6 @@ COMMANDS = {
     "plan": plan,
     "paper": paper,
     "claims": print_stored_claims,
+    "kit": write_kit,
     "bench": bench,
 }
