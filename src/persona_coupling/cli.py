@@ -1,4 +1,4 @@
-"""The commands behind the nox sessions: `python -m persona_coupling reproduce|paper|claims|plan|bench`."""
+"""The commands behind the nox sessions: `python -m persona_coupling reproduce|paper|notes|claims|plan|bench`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import notebooks, paths
+from persona_coupling import notebooks, paths, website
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.study import STORED_ONLY
 
@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         _common(commands.add_parser(name, help=what))
         if name == "paper":
             commands.choices[name].add_argument("--notes", action="store_true", help="execute the lab notes again too")
+    website.add_arguments(commands.add_parser("notes", help="write the lab notes' site"))
     bench = commands.add_parser("bench", help="measure training and sampling side by side")
     bench.add_argument("--steps", type=int, default=8, help="timed steps; 8 batches are one window of lengths")
     chosen = parser.parse_args(arguments)
@@ -309,5 +310,6 @@ COMMANDS = {
     "plan": plan,
     "paper": paper,
     "claims": print_stored_claims,
+    "notes": website.command,
     "bench": bench,
 }
