@@ -77,6 +77,26 @@ def test_values_are_printed_as_in_the_paper(value, low, high, unit, expected):
     assert website_pages.value_text({"value": value, "low": low, "high": high}, unit) == expected
 
 
+@pytest.mark.parametrize(
+    ("predicate", "unit", "expected"),
+    [
+        ("below −0.25", "difference of proportions", "below −25 points"),
+        ("above −2", "nats", "above −2 nats"),
+        ("above 0.333", "share", "above 0.333"),
+    ],
+)
+def test_a_claim_s_bound_has_the_unit_of_its_value(predicate, unit, expected):
+    assert website_pages.bound_text(predicate, unit) == expected
+
+
+def test_a_claim_that_was_not_run_has_no_evidence_but_the_cell_that_says_so():
+    own = [row for row in sample.CLAIMS if row["experiment"] == "01_second"]
+    notebook = sample.notebook("01", "Layers", own, ["01-*"])
+    page = website_pages.page("01_second", notebook, sample.content("01_second", own))
+    assert [cell.kind for cell in page.cells if "01-none" in cell.evidence] == ["verdicts"]
+    assert [cell.kind for cell in page.cells if "01-nats" in cell.evidence] == ["gates", "figure", "table", "verdicts"]
+
+
 def test_row_numbers_go_and_row_names_stay():
     numbered = sample.table(["a"], [["x"], ["supported"]])["data"]["text/html"]
     read = website_pages.readable(numbered)
@@ -111,6 +131,15 @@ def test_without_verdicts_or_notes_the_remedy_is_named(tmp_path, monkeypatch):
     assert website.stored_profile("") == "quick"
     (tmp_path / "experiments" / "01_second" / "lab_notes" / "quick.ipynb").unlink()
     with pytest.raises(UserError, match=r"01_second.*nox -s paper -- --profile quick --notes"):
+        website.read("quick")
+
+
+def test_an_index_of_another_version_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PERSONA_COUPLING_ROOT", str(sample.write(tmp_path)))
+    path = tmp_path / "paper" / "generated" / "quick" / "index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in index.items() if key != "headline"}))
+    with pytest.raises(UserError, match=r"lacks headline.*nox -s paper"):
         website.read("quick")
 
 

@@ -79,7 +79,7 @@ def table(columns, rows):
 
 def notebook(number, title, claims, labels):
     image = {"image/png": base64.b64encode(png()).decode(), "text/plain": "an image"}
-    figure = {"output_type": "display_data", "data": image, "metadata": {}}
+    figure = {"output_type": "display_data", "data": image, "metadata": {"image/png": {"width": 400}}}
     noise = {"output_type": "stream", "name": "stderr", "text": "/home/somebody/library.py: a warning\n"}
     wide = table([f"a column of the wide table {n}" for n in range(14)], [["0 % [−46, 52]"] * 14])
     gates = table(["gate", "passed"], [["took.A", "False"], ["finished.A", "True"]])

@@ -22,6 +22,7 @@ from persona_coupling.errors import UserError
 from persona_coupling.website_pages import Page
 
 THEME = paths.PACKAGE / "theme"
+NEEDED = {"claims", "compute_minutes", "constants", "counts", "experiments", "headline", "profile", "provenance"}
 MARK = "lab-notes.json"  # in every site: what may be replaced by the next one
 TITLE = "Does any LoRA fine-tuning destroy a persona’s learned marker, and why?"
 
@@ -38,10 +39,16 @@ def stored_profile(asked: str) -> str:
 def read(profile: str) -> tuple[dict[str, Any], list[Page]]:
     """The index of a profile's verdicts and its experiments' pages.
 
-    Raises UserError for a lab note that is missing; GuardError (from the pages) for a cell that names an unknown claim.
+    Raises UserError for a lab note that is missing or an index of another version, GuardError (from the pages) for a
+    cell that names an unknown claim.
     """
     folder = paths.generated(profile)
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    if missing := NEEDED - set(index):
+        raise UserError(
+            f"{folder / 'index.json'} lacks {', '.join(sorted(missing))}: another version wrote it. "
+            f"Run `nox -s paper -- --profile {profile}`."
+        )
     pages = []
     for name in index["experiments"]:
         note = paths.experiments() / name / "lab_notes" / f"{profile}.ipynb"

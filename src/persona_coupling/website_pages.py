@@ -60,7 +60,9 @@ def page(name: str, notebook: dict[str, Any], content: dict[str, Any]) -> Page:
         raise GuardError(f"the lab note of {name} does not begin with a title")
     claims = [row["id"] for row in content["claims"]]
     cells = tuple(
-        _cell(n, cell, claims, name) for n, cell in enumerate(notebook["cells"]) if cell["cell_type"] == "code"
+        _cell(n, cell, content["claims"], name)
+        for n, cell in enumerate(notebook["cells"])
+        if cell["cell_type"] == "code"
     )
     bare = [claim for claim in claims if not any(claim in cell.evidence for cell in cells)]
     if bare:
@@ -69,27 +71,41 @@ def page(name: str, notebook: dict[str, Any], content: dict[str, Any]) -> Page:
     return Page(name, heading[1].strip(), question[:1].upper() + question[1:], notebook, content, cells)
 
 
-def _cell(number: int, cell: dict[str, Any], claims: list[str], name: str) -> Cell:
+def _cell(number: int, cell: dict[str, Any], rows: list[dict[str, Any]], name: str) -> Cell:
+    """A claim that this profile did not run has no evidence but the cell that says so."""
+    claims = [row["id"] for row in rows]
+    run = [row["id"] for row in rows if row["verdict"] != "not run"]
     source = "".join(cell["source"])
     exhibits = tuple((found[1], found[2]) for found in EXHIBIT.finditer(source))
     labels = cell["metadata"].get("evidence", [])
     unknown = [label for label in labels if not any(fnmatchcase(claim, label) for claim in claims)]
     if unknown:
         raise GuardError(f"cell {number} of {name} is labelled as evidence for unknown claims: {', '.join(unknown)}")
-    evidence = [claim for claim in claims if any(fnmatchcase(claim, label) for label in labels)]
+    evidence = [claim for claim in run if any(fnmatchcase(claim, label) for label in labels)]
     kind = exhibits[0][0] if exhibits else "output"
     if "verdict_table(" in source:
         shown = json.dumps(cell.get("outputs", []))
         kind, evidence = "verdicts", [claim for claim in claims if claim in shown]
     elif "gate_table(" in source:
-        kind, evidence = "gates", claims
+        kind, evidence = "gates", run
     return Cell(f"cell-{number:02d}", kind, exhibits, tuple(evidence))
+
+
+def _form(unit: str) -> tuple[int, int, str]:
+    return FORMS["points" if "proportion" in unit else "nats" if "nats" in unit else "number"]
+
+
+def bound_text(predicate: str, unit: str) -> str:
+    """What would support a claim, in the unit of its value: "below −0.25" of a proportion is "below −25 points"."""
+    direction, number = predicate.split()
+    scale, _, word = _form(unit)
+    value = float(number.replace(MINUS, "-")) * scale
+    return f"{direction} {f'{value:.4g}'.replace('-', MINUS)}{word}"
 
 
 def value_text(row: dict[str, Any], unit: str) -> tuple[str, str]:
     """A claim's value and its interval as the paper prints them: ("−86 points", "[−100, −39]"). A missing one is a dash."""
-    form = "points" if "proportion" in unit else "nats" if "nats" in unit else "number"
-    scale, digits, word = FORMS[form]
+    scale, digits, word = _form(unit)
 
     def text(number: float) -> str:
         return f"{round(number * scale, digits) + 0.0:.{digits}f}".replace("-", MINUS)  # + 0.0: no negative zero
@@ -114,8 +130,9 @@ def claim_rows(rows: list[dict[str, Any]], pages: list[Page]) -> list[dict[str, 
             if row["id"] in cell.evidence
         ]
         links.sort(key=lambda link: link["kind"] in ("gates", "verdicts"))  # what shows the number comes first
-        seeds = estimate.get("seeds")
+        seeds, unit = estimate.get("seeds"), estimate.get("unit", "")
         shown.append({**row, "mark": MARKS[row["verdict"]], "shown": value, "interval": interval, "links": links})
+        shown[-1]["predicate"] = bound_text(row["predicate"], unit)
         shown[-1]["sample"] = f"n = {estimate['n']}, {seeds} seed{'s' if seeds != 1 else ''}" if seeds else ""
     return shown
 
@@ -251,7 +268,7 @@ def readable(html: str, *, gates: bool = False) -> str:
         head, body, rest = html.partition("<tbody>")
         head = re.sub(r"(<tr>\s*)<th></th>", r"\1", head)
         html = head + body + re.sub(r"(<tr>\s*)<th>\d+</th>", r"\1", rest)
-    html = re.sub(r"<td>([^<>\[]*\[[−\d., ]+\])</td>", r'<td class="whole">\1</td>', html)
+    html = re.sub(r"<td>([^<>\[]*\[[−\d., ]+\]|[-−+.,%\d ]+)</td>", r'<td class="whole">\1</td>', html)
     if gates:
         html = html.replace("<td>True</td>", '<td class="gate-passed">✓ passed</td>')
         html = html.replace("<td>False</td>", '<td class="gate-failed">† failed</td>')

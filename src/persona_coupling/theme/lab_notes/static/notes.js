@@ -48,7 +48,7 @@ function enlarging() {
     button.type = "button";
     button.className = "zoom";
     button.setAttribute("aria-label", "Enlarge the figure: " + image.alt);
-    image.replaceWith(button);
+    (image.closest("a.image-reference") || image).replaceWith(button); // the link is for who has no scripts
     button.append(image);
     button.addEventListener("click", () => {
       const caption = button.closest("figure")?.querySelector(".caption-text");
