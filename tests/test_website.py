@@ -82,6 +82,7 @@ def test_values_are_printed_as_in_the_paper(value, low, high, unit, expected):
     [
         ("below −0.25", "difference of proportions", "below −25 points"),
         ("above −2", "nats", "above −2 nats"),
+        ("below 1", "nats", "below 1 nat"),
         ("above 0.333", "share", "above 0.333"),
     ],
 )

@@ -100,7 +100,8 @@ def bound_text(predicate: str, unit: str) -> str:
     direction, number = predicate.split()
     scale, _, word = _form(unit)
     value = float(number.replace(MINUS, "-")) * scale
-    return f"{direction} {f'{value:.4g}'.replace('-', MINUS)}{word}"
+    number = f"{value:.4g}".replace("-", MINUS)
+    return f"{direction} {number}{word.removesuffix('s') if number == '1' else word}"
 
 
 def value_text(row: dict[str, Any], unit: str) -> tuple[str, str]:
