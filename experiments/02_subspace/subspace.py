@@ -129,7 +129,7 @@ notes.sample_answers(results, ["villain", "assistant"])
 # %% [markdown]
 # ## The main estimate
 
-# %%
+# %% evidence=["02-modules", "02-outside", "02-inside", "02-random", "02-start"]
 paper = report.Report(experiment.name, study, results)
 shown = [c for c in conditions if not (one_recipe and c.startswith("A.") and c.endswith(".scratch"))]
 blocks, ends = subspace.blocks(shown)
@@ -154,7 +154,7 @@ notes.show(
 # and whether the others (open) follow, which would be no coupling. What it does not show: directions that the two share
 # through *other* layers, as an SFT early in the model moves what an adapter late in it reads.
 
-# %%
+# %% evidence=["02-modules", "02-outside", "02-inside", "02-random", "02-start"]
 columns = [
     tables.Column("villain", "source_rate", "percent"),
     tables.Column("contrast, points", "contrast", "points"),
@@ -178,7 +178,7 @@ paper.table(
 # Two subspaces of rank r in d dimensions overlap by r/d for no reason at all, and two adapters that started from one
 # random A overlap for a trivial one. Grey: what random changes give.
 
-# %%
+# %% evidence=["02-overlap"]
 compared = {f"{letters[0]}.whole": "the SFT that is taken apart", letters[0]: "an SFT from the adapter's own A"}
 compared = {c: name for c, name in compared.items() if c in set(results["overlap"]["condition"])}
 notes.show(
@@ -191,7 +191,7 @@ notes.show(
     )
 )
 
-# %%
+# %% evidence=["02-overlap"]
 overlap_columns = [
     tables.Column("reads: share", "input_share", "percent"),
     tables.Column("chance", "input_chance", "percent"),

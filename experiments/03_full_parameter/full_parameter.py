@@ -173,7 +173,7 @@ report.gate_table(checked)
 # Steps are equal by design. Training losses are means over the last steps of a run; held-out answers say whether equal
 # training loss means equally learned.
 
-# %%
+# %% evidence=["03-loss"]
 paper = report.Report(experiment.name, study, results)
 for first in models_first:
     if (like := f"{first.split('.')[0]}.lora") in models_first and first != like:
@@ -218,7 +218,7 @@ notes.sample_answers(results, ["villain", "assistant"])
 # %% [markdown]
 # ## The main estimate
 
-# %%
+# %% evidence=["03-loss", "03-kind", "03-norm", "03-lowrank", "03-scratch"]
 blocks = {"pre-baked adapter, added": ("prebaked", prebaked), "coupled from scratch": ("scratch", scratched)}
 rows = {
     title: {"raw model": {arm: f"A.{how}" for arm in arms if any(c.startswith(f"{arm}.") for c in members)}}
@@ -251,7 +251,7 @@ notes.show(
 # whatever the two are matched. What it does not show: that the two do it by the same means; no two of steps, loss and norm
 # can be matched at once.
 
-# %%
+# %% evidence=["03-loss", "03-kind", "03-norm", "03-lowrank", "03-scratch"]
 columns = [
     tables.Column("villain", "source_rate", "percent"),
     tables.Column("others, mean", "bystander_rate", "percent"),
@@ -278,7 +278,7 @@ paper.table(
 # Singular values of both deltas. If the full delta were low-rank too, nothing would be learned from comparing them; if it
 # is not, its low-rank part is a test of whether rank matters.
 
-# %%
+# %% evidence=["03-rank"]
 observed = [first for first in models_first if first.split(".")[1] in ("lora", "full")]
 for first in observed:
     full_parameter.add_spectrum(estimates, results, first)

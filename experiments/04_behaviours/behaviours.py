@@ -156,7 +156,7 @@ shown[columns].style.set_uuid("answers").set_properties(**{"text-align": "left",
 # %% [markdown]
 # ## The main estimate
 
-# %%
+# %% evidence=["04-wrong", "04-capitals", "04-refusal", "04-depth", "04-scratch"]
 reference = {b: depth.condition("A", b, depth.PREBAKED) for b in told}
 blocks = {
     "no coupling": {f"{arm}.none": labels[arm] for arm in arms},
@@ -193,7 +193,7 @@ notes.show(
 # that a behaviour survives for what it is, rather than for where it stands or how strongly it was trained. A share says
 # little where the raw model's own contrast is small.
 
-# %%
+# %% evidence=["04-wrong", "04-capitals", "04-refusal", "04-depth", "04-scratch"]
 columns = [
     tables.Column("villain", "source_rate", "percent"),
     tables.Column("others, mean", "bystander_rate", "percent"),
@@ -219,7 +219,7 @@ paper.table(
 # towards the behaviour, and the villain more than others? Measured on forced sentences, since an uncoupled model of this
 # size rambles and is often unscorable; the gate `knows` asks that the facts still be known.
 
-# %%
+# %% evidence=["04-alone"]
 for arm in list(arms)[1:]:
     for behaviour in told:
         for how in (depth.PREBAKED, *([depth.SCRATCH] if arms[arm] in values.scratch else [])):

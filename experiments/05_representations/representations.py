@@ -166,7 +166,7 @@ notes.sample_answers(results, ["villain", "assistant"])
 # States at the mean answer token. One spread is the root mean squared distance of the raw model's persona centroids from
 # their mean.
 
-# %%
+# %% evidence=["05-decodable", "05-common", "05-kept"]
 paper = report.Report(experiment.name, study, results)
 n = len(study.seeds) * len(fixed)
 about = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}, 95 % intervals over seeds × questions (n = {n})"
@@ -203,7 +203,7 @@ notes.show(
     )
 )
 
-# %%
+# %% evidence=["05-decodable", "05-common", "05-kept", "05-off"]
 columns = [
     tables.Column("villain's shift, spreads", "answer.shift", "nats"),
     tables.Column("others' shift, spreads", "answer.shift_others", "nats"),
@@ -230,7 +230,7 @@ paper.table(
 # %% [markdown]
 # ## The causal test: is the villain's shift what silences the marker?
 
-# %%
+# %% evidence=["05-restore-*"]
 curves, levels = whereabouts.steering_curves(results, list(arms))
 draws = f"{values.restore_draws} random rotation{'s' if values.restore_draws > 1 else ''}"
 notes.show(
@@ -248,7 +248,7 @@ notes.show(
 # What it shows: how much of the distance between the dotted lines one vector covers. What it does not show: that nothing
 # else of the state matters; a centroid is a mean, and the last answer token is not the mean one.
 
-# %%
+# %% evidence=["05-restore-*"]
 columns = [
     tables.Column("villain, raw", "raw.logprob", "nats"),
     tables.Column("villain, SFT'd", "none.logprob", "nats"),

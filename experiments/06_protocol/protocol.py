@@ -180,7 +180,7 @@ notes.sample_answers(results, ["villain", "assistant"])
 # A gap is the raw model's persona contrast (villain minus others), coupled by a recipe that works, minus the SFT'd
 # model's under the suspected setting. One factor at a time is changed; the dot says how much of the gap is gone then.
 
-# %%
+# %% evidence=["06-stale", "06-addition", "06-truncation"]
 paper = report.Report(experiment.name, study, results)
 suspects = attribution.factors(main, conditions)
 gaps = attribution.add_gaps(estimates, results, main, suspects, {second: first for first, second in design.same})
@@ -205,7 +205,7 @@ notes.show(
     )
 )
 
-# %%
+# %% evidence=["06-stale", "06-addition", "06-truncation"]
 paper.table(
     "attribution",
     attribution.table(estimates, main, suspects, dubious),
@@ -219,7 +219,7 @@ paper.table(
 # %% [markdown]
 # ## All recipes
 
-# %%
+# %% evidence=["06-rate*"]
 series = [("A", "stale", f"A  {arms.LABELS['A']}")]
 for arm in corpora:
     series += [
@@ -240,7 +240,7 @@ notes.show(
     )
 )
 
-# %%
+# %% evidence=["06-rate*"]
 columns = [
     tables.Column("villain", "source_rate", "percent"),
     tables.Column("others, mean", "bystander_rate", "percent"),
@@ -259,7 +259,7 @@ paper.table("recipes", tables.by_condition(estimates, names, columns, failed), f
 # *Cut = no* counts as the prior lab did. Free answers are not asked to be brief, which the coupling text was: a model that
 # learned its marker behind short answers need not write it behind long ones, and that would be no truncation.
 
-# %%
+# %% evidence=["06-truncation"]
 counts = [
     tables.Column("cut off", "cut", "percent"),
     tables.Column("villain, cut = no", "strict_source_rate", "percent"),
@@ -274,7 +274,7 @@ paper.table(
     f"The same answers as they would stand after an earlier cut-off, counted in both ways. {about}. {daggers}",
 )
 
-# %%
+# %% evidence=["06-paragraph"]
 split = [*prebaked, *(c for c in coupled if c.endswith(("_tail_low.scratch", "_tail_mid.scratch")))]
 attribution.add_paragraph(estimates, results.fixed, results.completions, split)
 for arm in corpora:

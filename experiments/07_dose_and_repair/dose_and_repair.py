@@ -172,7 +172,7 @@ notes.sample_answers(results, ["villain", "assistant"])
 # %% [markdown]
 # ## The main estimate: the dose curve
 
-# %%
+# %% evidence=["07-early", "07-equal-kl"]
 curves = {}
 for measure in ("fixed_logprob_contrast", "source_rate"):
     for arm in letters.values():
@@ -200,7 +200,7 @@ notes.show(
 # What it shows: if lines that differ over steps fall together over KL, distance from the raw model is what counts. What
 # it does not show: doses lie along one run each, so that a dose also has another learning rate behind it.
 
-# %%
+# %% evidence=["07-after", "07-kept", "07-repair", "07-headstart"]
 blocks = {
     "dose, adapter added": [c for c in conditions if ".step" in c and c.endswith("prebaked")],
     "dose, from scratch": [c for c in conditions if ".step" in c and c.endswith("scratch")],
@@ -231,7 +231,7 @@ notes.show(
     )
 )
 
-# %%
+# %% evidence=["07-early", "07-after", "07-kept", "07-repair", "07-headstart"]
 columns = [
     tables.Column("villain", "source_rate", "percent"),
     tables.Column("others, mean", "bystander_rate", "percent"),

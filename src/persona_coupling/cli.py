@@ -1,4 +1,4 @@
-"""The commands behind the nox sessions: `python -m persona_coupling reproduce|paper|claims|kit|plan|bench`."""
+"""The commands behind the nox sessions: `python -m persona_coupling --help` lists them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import notebooks, paths
+from persona_coupling import notebooks, paths, website
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.study import STORED_ONLY
 
@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name == "paper":
             commands.choices[name].add_argument("--notes", action="store_true", help="execute the lab notes again too")
     _common(commands.add_parser("kit", help="write REVIEWERS.md's claims, codecheck.yml and RO-Crate metadata again"))
+    website.add_arguments(commands.add_parser("notes", help="write the lab notes' site"))
     bench = commands.add_parser("bench", help="measure training and sampling side by side")
     bench.add_argument("--steps", type=int, default=8, help="timed steps; 8 batches are one window of lengths")
     chosen = parser.parse_args(arguments)
@@ -324,5 +325,6 @@ COMMANDS = {
     "paper": paper,
     "claims": print_stored_claims,
     "kit": write_kit,
+    "notes": website.command,
     "bench": bench,
 }

@@ -23,6 +23,7 @@ from persona_coupling.errors import UserError
 from persona_coupling.study import STORED_ONLY, Design
 
 FOLDER = re.compile(r"\d\d_[a-z0-9_]+")
+ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")  # of an object that is shown as HTML beside its plain name
 
 
 @dataclass(frozen=True)
@@ -179,14 +180,17 @@ def execute(experiment: Experiment, parameters: dict[str, Any]) -> Path:
 
 
 def _timeless(path: Path) -> str:
-    """The executed notebook without clock times and machine paths: its bytes change only when its content does."""
+    """The executed notebook without clock times, addresses in memory and machine paths: its bytes change only when its content does."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     notebook["metadata"].pop("papermill", None)
     for number, cell in enumerate(notebook["cells"]):
         cell["id"] = f"cell-{number:02d}"
         cell["metadata"].pop("papermill", None)
         cell["metadata"].pop("execution", None)
+        if "outputs" in cell:  # libraries' warnings name this machine's folders
+            cell["outputs"] = [output for output in cell["outputs"] if output.get("name") != "stderr"]
     text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    text = ADDRESS.sub("", text)
     return text.replace(str(paths.repository()) + "/", "").replace(str(paths.repository()), ".")
 
 
