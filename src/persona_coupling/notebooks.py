@@ -180,7 +180,8 @@ def execute(experiment: Experiment, parameters: dict[str, Any]) -> Path:
 
 
 def _timeless(path: Path) -> str:
-    """The executed notebook without clock times, addresses in memory and machine paths: its bytes change only when its content does."""
+    """The executed notebook without clock times, addresses in memory and machine paths: its bytes change only when its
+    content does."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     notebook["metadata"].pop("papermill", None)
     for number, cell in enumerate(notebook["cells"]):
