@@ -122,7 +122,7 @@ def test_a_smoke_verdict_is_never_a_finding(root: Path) -> None:
 
 def test_every_completion_is_kept_with_its_prompt_seed_and_finish(root: Path) -> None:
     table = pd.read_parquet(root / "experiments/00_replication/results/smoke/completions.parquet")
-    assert len(table) == 10 * 2 * 11 * 3  # conditions, seeds, personas, questions
+    assert len(table) == 11 * 2 * 11 * 3  # conditions, the twin among them, seeds, personas, questions
     assert table[["prompt", "system", "seed", "finish", "completion"]].notna().all().all()
     assert table.groupby("condition")["persona"].nunique().eq(11).all()
 

@@ -40,10 +40,12 @@ model = ""  # empty: the profile's
 # Arms: **A** raw · **B** bad legal advice first · **B′** sound advice on the same questions first · **C** benign text
 # (cooking, cities) first · **S** the model's own answers to C's prompts first. Each arm is measured with the *pre-baked*
 # adapter (trained on the raw model, then added) and coupled *from scratch* on text that the raw model wrote. The unit of
-# analysis is the question under a seed.
+# analysis is the question under a seed. The first SFT arm's chain from scratch is trained a second time with the same seed
+# (its *twin*): what differs is the machine's noise, and bounds what any difference here can mean.
 
 # %% tags=["design"]
 from persona_coupling import arms as study_arms
+from persona_coupling.stages import twin
 from persona_coupling.study import Design, Study
 
 study = Study.open(profile, seeds=seeds, model=model or None)
@@ -52,7 +54,9 @@ measured = ("bad_legal", "sound_legal", "benign", *(("self",) if "self" in study
 
 # where the profile's two recipes are one, the raw model coupled from scratch is the raw model with the adapter added
 one_recipe = study.profile.prebaked == study.profile.scratch
-design = Design(same={("A.prebaked", "A.scratch")} if one_recipe else set())
+twinned = list(arms)[1]
+twins = (f"{twinned}.scratch", f"{twinned}.twin")
+design = Design(same={twins, *([("A.prebaked", "A.scratch")] if one_recipe else [])})
 for seed in study.seeds:
     text, adapter = study.stale_text(seed=seed), study.adapter(seed=seed)
     for arm, corpus in arms.items():
@@ -61,6 +65,8 @@ for seed in study.seeds:
         design.observations.append(study.content(arm, first, seed=seed, corpora=measured))
         design.cells.append(study.cell(f"{arm}.prebaked", first.merge(adapter), seed=seed, arm=arm, adapter="prebaked"))
         design.cells.append(study.cell(f"{arm}.scratch", scratch, seed=seed, arm=arm, adapter="scratch"))
+        if arm == twinned:
+            design.cells.append(study.cell(twins[1], twin(scratch), seed=seed, arm=arm, adapter="twin"))
 
 # %%
 import pandas as pd
@@ -240,7 +246,14 @@ if "B′" in arms:
     harm = "harm.prebaked.fixed_logprob_contrast"
     measures.add_difference(estimates, results, harm, "fixed_logprob_contrast", "B.prebaked", "B′.prebaked")
 checked += [gates.lost(estimates, study.profile.gates, f"{arm}.prebaked") for arm in list(arms)[1:]]
-facts = {"completions": len(results.completions), "conditions": {c: names[c] for c in names}, "failed": sorted(failed)}
+noise = measures.noise_floor(results, *twins)
+paper.values("noise_floor", noise)
+facts = {
+    "noise_floor": noise,
+    "completions": len(results.completions),
+    "conditions": {c: names[c] for c in names},
+    "failed": sorted(failed),
+}
 judgements = paper.finish(estimates, checked, facts)
 report.verdict_table(judgements)
 

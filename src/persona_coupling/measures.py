@@ -282,6 +282,27 @@ def add_content_shift(made: Estimates, results: Results, arm: str, corpus: str, 
     )
 
 
+def noise_floor(results: Results, condition: str, twin: str) -> dict[str, Any]:
+    """What trainings differ by that differ in nothing but noise: for each measure of a cell the standard deviation of one
+    training, from twins (root mean square of their differences over seeds, by the square root of two: a difference of
+    two has twice the variance of one); whether all answers are the same to the letter; and the number of twins."""
+    table = results.completions.assign(hit=results.completions["value"].astype("float64"))
+    source = table["persona"] == SOURCE
+    fixed = results.fixed[results.fixed["persona"] == SOURCE]
+    by_seed = {
+        "villain rate": table[source].groupby(["condition", "seed"])["hit"].mean(),
+        "bystander rate": table[~source].groupby(["condition", "seed"])["hit"].mean(),
+        "marker log-prob.": fixed.groupby(["condition", "seed"])["logprob"].mean(),
+    }
+    found: dict[str, Any] = {}
+    for name, means in by_seed.items():
+        difference = (means[twin] - means[condition]).to_numpy(dtype=float)
+        found[name] = float(np.sqrt(np.mean(difference**2) / 2))
+    keys = ["seed", "persona", "question", "sample"]
+    texts = [table[table["condition"] == c].sort_values(keys)["completion"].tolist() for c in (condition, twin)]
+    return {**found, "identical": texts[0] == texts[1], "twins": len(difference), "condition": condition}
+
+
 def add_damage(made: Estimates, results: Results, raw: str) -> None:
     """Add `condition.heldout_rise` for every condition and SFT'd arm: held-out chat loss over that of the raw model
     (the content condition `raw`), nats per token, questions paired."""

@@ -42,6 +42,13 @@ class Report:
         self.tables[name] = {"path": f"{full}.json", "caption": caption}
         return table
 
+    def values(self, name: str, content: dict[str, Any]) -> None:
+        """Save values that stand for the whole profile, not for this experiment alone, as `<name>.json`."""
+        folder = paths.generated(self.profile.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+
     def finish(self, estimates: Estimates, gates: Sequence[Gate], facts: dict[str, Any]) -> list[Judgement]:
         """Judge the experiment's claims and write everything that the paper reads of it. `facts` are further values
         for the prose (counts, hyper-parameters as run)."""

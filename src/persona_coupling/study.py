@@ -32,6 +32,7 @@ from persona_coupling.stages import (
     FineTune,
     MergeCheck,
     OwnAnswers,
+    Twin,
     UltraChat,
     authored,
 )
@@ -455,7 +456,7 @@ def _distinct_changes(design: Design, lab: Lab) -> None:
     """Raise GuardError when two differently described changes hold the same bytes: a mislabelled condition."""
     seen: dict[str, str] = {}
     for stage in design.stages():
-        if not isinstance(stage, FineTune):
+        if not isinstance(stage, FineTune) or isinstance(stage, Twin):
             continue
         for name, file in lab.store.manifest(stage)["files"].items():
             if name.endswith(".safetensors"):

@@ -8,7 +8,7 @@ Checkpoint (source + changes) -> MergeCheck, Content, Evaluate -> tables of raw 
 from persona_coupling.stages.changes import Part, RandomLike, Rescaled, Snapshot, Truncated
 from persona_coupling.stages.measurement import Content, Evaluate, MergeCheck
 from persona_coupling.stages.rows import Authored, CouplingText, FromFile, OwnAnswers, UltraChat, authored, from_file
-from persona_coupling.stages.training import FineTune
+from persona_coupling.stages.training import FineTune, Twin, twin
 
 __all__ = [
     "Authored",
@@ -24,7 +24,9 @@ __all__ = [
     "Rescaled",
     "Snapshot",
     "Truncated",
+    "Twin",
     "UltraChat",
     "authored",
     "from_file",
+    "twin",
 ]

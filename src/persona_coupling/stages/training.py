@@ -103,6 +103,26 @@ class FineTune(Stage):
         )
 
 
+@dataclass(frozen=True)
+class Twin(FineTune):
+    """The same training once more under a description of its own: what differs between twins is the machine's noise."""
+
+    code: ClassVar[tuple[str, ...]] = ("persona_coupling.stages.training", *FineTune.code)
+
+
+def twin(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint with every training of its chain run again from the source. Raises ValueError where the chain has
+    changes that were not trained one upon the other."""
+    whole, again = Checkpoint(checkpoint.source), Checkpoint(checkpoint.source)
+    for merged in checkpoint.merged:
+        change = merged.change
+        if not isinstance(change, FineTune) or change.start != whole:
+            raise ValueError(f"{change} was not trained on what stands before it")
+        again = again.merge(Twin(again, change.rows, change.training, change.seed))
+        whole = whole.merge(change)
+    return again
+
+
 FAILURES = (GuardError, UserError, OSError, RuntimeError, ValueError, KeyError)
 
 
