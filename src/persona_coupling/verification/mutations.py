@@ -232,7 +232,7 @@ def run(profile: str, chosen: Sequence[Mutant], *, workers: int = 0) -> list[Out
     done: dict[Mutant, Outcome] = {}
     with (
         tempfile.TemporaryDirectory() as scratch,
-        ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=context) as pool,
+        ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=context, max_tasks_per_child=60) as pool,
         tqdm(total=len(chosen), desc="forgeries", dynamic_ncols=True, file=sys.stdout, mininterval=2) as bar,
     ):
         # those that leave a notebook's inputs alone share its redrawing, which a process keeps while it has room

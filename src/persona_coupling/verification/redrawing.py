@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import warnings
@@ -22,6 +23,7 @@ from persona_coupling.verification.findings import Finding, verdict
 ROOT = "PERSONA_COUPLING_ROOT"
 INPUTS = ("claims.toml", "headline.toml", "prior.toml")
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
+ID = re.compile(r"\b[a-z][0-9a-f]{10}\b")  # of an SVG's clip path or marker
 ROUNDING = (
     1e-9  # relative: sums of doubles in another order, on another processor; raising it lets small forgeries pass
 )
@@ -140,14 +142,17 @@ def _named(svg: str) -> str:
 
 
 def _numbers(old: str, new: str, *, relative: float, absolute: float) -> str:
-    """The first difference of two texts in words, numbers compared as numbers."""
+    """The first difference of two texts in words, decimal numbers compared as numbers."""
     first, second = NUMBER.findall(old), NUMBER.findall(new)
     if NUMBER.sub("#", old) != NUMBER.sub("#", new) or len(first) != len(second):
         at = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
         return f"has {_around(old, at)!r}, recomputed {_around(new, at)!r}"
-    a, b = np.array(first, dtype=float), np.array(second, dtype=float)
-    off = np.flatnonzero(np.abs(a - b) > absolute + relative * np.abs(b))
-    return f"has {first[off[0]]}, recomputed {second[off[0]]}" if len(off) else ""
+    for one, other in zip(first, second, strict=True):
+        if one != other and not (
+            "." in one and math.isclose(float(one), float(other), rel_tol=relative, abs_tol=absolute)
+        ):
+            return f"has {one}, recomputed {other}"
+    return ""
 
 
 def _around(text: str, at: int) -> str:

@@ -24,6 +24,7 @@ TOKEN = re.compile(r"[−-]?\d+(?:\.\d+)?")
 TRIPLE = re.compile(r"([−-]?[\d.]+)\s*(%|points|nats)?\s*\[\s*([−-]?[\d.]+)\s*,\s*([−-]?[\d.]+)\s*\]")
 NUMBERED = re.compile(r"(?:Sections?|Appendix|Appendices|Tables?|Figures?)\s+(?:[A-Z]\.)?(\d+(?:\.\d+)?)")
 HEADING = re.compile(r"^(?:[A-Z]\.)?(\d+(?:\.\d+)?)\s+\S", re.MULTILINE)
+APPENDIX = re.compile(r"^A\s+Claims in detail", re.MULTILINE)
 SHORT = 4  # characters below which words of a file are too common to trace a number by
 FORMS = {"percent": (100, 0), "points": (100, 0), "nats": (1, 2), "number": (1, 0)}
 
@@ -158,7 +159,7 @@ def untraced(texts: list[str], made: Sources) -> tuple[list[str], Counter[str]]:
     """Numbers of the text that nothing explains, each with its surroundings and page, and how many each trace found."""
     counts: Counter[str] = Counter()
     left: list[str] = []
-    cited = _references()
+    years, cited = _references()
     words = sorted(made.words, key=len, reverse=True)
     everything = "\n".join(words)
     in_references = False
@@ -181,16 +182,17 @@ def untraced(texts: list[str], made: Sources) -> tuple[list[str], Counter[str]]:
                         how.setdefault(position, "")  # an interval that no estimate has is not explained by its parts
         for position in _numbering(text):
             how.setdefault(position, "numbering")
-        in_references = in_references or re.search(r"^References$", text, re.MULTILINE) is not None
-        if in_references and re.search(r"^A\s+Claims in detail", text, re.MULTILINE):
-            in_references = False
+        begins, ends = re.search(r"^References$", text, re.MULTILINE), APPENDIX.search(text)
+        listed = range(begins.end() if begins else 0, ends.start() if ends else len(text))
+        listed = listed if in_references or begins else range(0)
+        in_references = (in_references or begins is not None) and ends is None
         for match in TOKEN.finditer(text):
             token = match.group().replace("-", "−")
             known = how.get(match.start(), how.get(match.end() - 1))
             bare = token.lstrip("−")  # a hyphen before a number is no sign
             if known is None and (token in made.numbers or bare in made.numbers):
                 known = "single value"
-            if known is None and bare in cited:
+            if known is None and (bare in years or (bare in cited and match.start() in listed)):
                 known = "reference"
             if known is None and _window(text, match) in everything:  # words that a table's column broke
                 known = "words of a file"
@@ -220,9 +222,14 @@ def _numbering(text: str) -> Iterator[int]:
         yield from range(last, len(text))
 
 
-def _references() -> set[str]:
+def _references() -> tuple[set[str], set[str]]:
+    """Years that the text cites, and all numbers of the list of references; ends of page ranges are printed short."""
     text = (paths.repository() / "paper" / "references.bib").read_text(encoding="utf-8")
-    return {token.lstrip("-") for token in TOKEN.findall(text)}
+    years = set(re.findall(r"year\s*=\s*\{(\d{4})\}", text))
+    listed = {token.lstrip("-") for token in TOKEN.findall(text)}
+    for _, last in re.findall(r"(\d+)[-–]+(\d+)", text):
+        listed |= {last[-1:], last[-2:]}
+    return years, listed
 
 
 def check(profile: str) -> Finding:
