@@ -40,6 +40,7 @@ CLASSES = (
     "a number typed into a section",
     "evidence changed under its seal",
 )
+FRESH = 60  # forgeries of a process before it is replaced
 TRIES = 4  # tables and conditions that are altered, one after the other, until the claim's own estimate moves
 
 
@@ -229,18 +230,23 @@ def run(profile: str, chosen: Sequence[Mutant], *, workers: int = 0) -> list[Out
     from tqdm import tqdm
 
     context = multiprocessing.get_context("spawn")
+    count = workers or os.cpu_count() or 1
+    # those that leave a notebook's inputs alone share its redrawing, which a process keeps while it has room
+    order = sorted(chosen, key=lambda m: (m.experiment, m.kind in CLASSES[:3] or m.kind in CLASSES[6:9]))
     done: dict[Mutant, Outcome] = {}
     with (
         tempfile.TemporaryDirectory() as scratch,
-        ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=context, max_tasks_per_child=60) as pool,
         tqdm(total=len(chosen), desc="forgeries", dynamic_ncols=True, file=sys.stdout, mininterval=2) as bar,
     ):
-        # those that leave a notebook's inputs alone share its redrawing, which a process keeps while it has room
-        order = sorted(chosen, key=lambda m: (m.experiment, m.kind in CLASSES[:3] or m.kind in CLASSES[6:9]))
-        waiting = {pool.submit(in_worker, m, profile, paths.repository(), Path(scratch)): m for m in order}
-        for future in as_completed(waiting):
-            done[waiting[future]] = future.result()
-            bar.update()
+        # a compiled paper leaves some megabytes in its process: new processes now and then (`max_tasks_per_child` hangs
+        # in Python 3.11, 2026-11)
+        for first in range(0, len(order), count * FRESH):
+            with ProcessPoolExecutor(count, mp_context=context) as pool:
+                batch = order[first : first + count * FRESH]
+                waiting = {pool.submit(in_worker, m, profile, paths.repository(), Path(scratch)): m for m in batch}
+                for future in as_completed(waiting):
+                    done[waiting[future]] = future.result()
+                    bar.update()
     return [done[mutant] for mutant in chosen]
 
 

@@ -223,13 +223,15 @@ def commits(records: Mapping[str, Mapping[str, Any]]) -> Finding:
         return Finding("commit", "history", "skipped", "no git here")
     if git("rev-parse", "--is-shallow-repository")[1] != "false":
         return Finding("commit", "history", "skipped", "a shallow clone")
-    faults = []
+    faults, changed = [], []
     for commit, name in named.items():
         plain = commit.removesuffix("+changes")
         if plain != commit:
-            faults.append(f"{name} was made from a changed tree of {plain}: the history does not hold its code")
+            changed.append(f"{name} was made from a changed tree of {plain}: the history does not hold its code")
         if git("merge-base", "--is-ancestor", plain, "HEAD")[0]:
             faults.append(f"{name} names the commit {plain}, which is not in the history")
+    if changed and not faults:
+        return Finding("commit", "history", "unknown", "; ".join(changed[:3]))
     return verdict("commit", "history", faults, f"{len(named)} commits, all in the history")
 
 

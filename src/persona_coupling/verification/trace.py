@@ -38,7 +38,7 @@ class Sources:
     triples: set[tuple[str, str, str]] = field(default_factory=set)  # value, low, high as printed
 
 
-def fixed(x: float, digits: int) -> str:
+def fixed(x: int | float, digits: int) -> str:
     """A number as `fixed` of `paper/lib.typ` prints it: ties to even, a true minus, never "−0"."""
     scaled = abs(x) * 10**digits
     floor = math.floor(scaled)
@@ -82,7 +82,7 @@ def _small(x: Any) -> bool:
     return isinstance(x, float) and 0 < x < 0.01
 
 
-def computed(index: dict[str, Any]) -> Iterator[float]:
+def computed(index: dict[str, Any]) -> Iterator[int | float]:
     """Numbers that `main.typ` computes from the index, each with its formula."""
     profile = index["profile"]
     if profile:
