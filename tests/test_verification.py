@@ -426,7 +426,7 @@ def test_the_appendix_prints_the_outcome_and_still_verifies(root):
     mutations.path(PROFILE).write_text(json.dumps(mutations.summary(PROFILE, [outcome, lived])))
     cli.build_paper(PROFILE)
     text = " ".join(" ".join(trace.pages(root / "paper" / f"paper-{PROFILE}.pdf")).split())
-    assert "Of two forgeries, one were caught" in text or "Of two forgeries, one was caught" in text
+    assert "Forged: two; caught: one (Table" in text
     assert "a row lost: 00_replication, x.parquet" in text
     for check in (verify.check_pdf, verify.check_index, trace.check, seal.check):
         assert check(PROFILE).status == "holds"
