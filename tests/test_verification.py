@@ -45,12 +45,12 @@ def planted(design, profile):
                 ]  # fmt: skip
         made["heldout"] += [{"question": f"q{i}", "loss": rng.normal(2, 0.1), **label} for i in range(3)]
         made["merges"].append({"norm": rng.normal(3, 0.1), **label})
-        for position in range(len(cell.checkpoint.merged)):
+        for position, merged in enumerate(cell.checkpoint.merged):
             change = f"{cell.condition}/{position}/{cell.seed}"
             made["training"] += [
                 {"step": float(step), "loss": rng.normal(1, 0.1), "grad_norm": 1.0, "position": position,
                  "change": change, **label}
-                for step in (1, 2)
+                for step in range(1, merged.change.training.steps + 1)
             ]  # fmt: skip
     for seen in design.observations:
         made["content"] += [
@@ -210,6 +210,14 @@ def uneven_merges(record, tables):
     tables["fixed"] = tables["fixed"].iloc[:-1]
 
 
+def short_log(record, tables):
+    tables["training"] = tables["training"].iloc[:-1]
+
+
+def lost_merge(record, tables):
+    tables["merges"] = tables["merges"].iloc[:-1]
+
+
 def twin_seeds(record, tables):
     for name, table in tables.items():
         tables[name] = pd.concat([table[table["seed"] == 0], table[table["seed"] == 0].assign(seed=1)])
@@ -224,7 +232,7 @@ def twin_conditions(record, tables):
 
 def twin_trainings(record, tables):
     table = tables["training"]
-    names = table["change"].unique()[:2]
+    names = [f"{arm}.prebaked/0/0" for arm in ("B", "C")]
     first, second = (table["change"] == name for name in names)
     table.loc[second, "loss"] = table.loc[first, "loss"].to_numpy()
 
@@ -252,6 +260,8 @@ def other_threshold(record, tables):
         (other_system_prompt, "complete", "another system prompt"),
         (stray_cell, "complete", "in the design alone"),
         (uneven_merges, "complete", "rows, not"),
+        (short_log, "complete", "steps"),
+        (lost_merge, "complete", "merges: 19 rows, not 20"),
         (twin_seeds, "distinct", "under seeds 0 and 1"),
         (twin_conditions, "distinct", "B.scratch and C.scratch say the same"),
         (twin_trainings, "distinct", "have the same losses"),

@@ -13,6 +13,7 @@ import pandas as pd
 
 from persona_coupling import paths, personas, provenance
 from persona_coupling.profiles import Profile
+from persona_coupling.stages import FineTune
 from persona_coupling.store import canonical_json, sha256_of
 from persona_coupling.study import Design
 from persona_coupling.verification.findings import Finding, verdict
@@ -21,6 +22,7 @@ ANSWER = ["persona", "question", "sample"]  # what names one sampled answer of a
 JUDGED = ("description", "stamp")  # words: no observation and no verdict depends on them
 # tables whose number of rows depends on what was sampled or trained, by seed
 SAMPLED = ("content", "training", "log", "merges", "known", "known_answers", "matched", "preference", "behaviour")
+EVEN = {"drift", "chance"}  # tables with as many rows in every condition
 UNKNOWN_COMMIT = "unknown"
 
 
@@ -100,9 +102,31 @@ def complete(stored: Stored, profile: Profile, design: Design) -> Finding:
                 faults.append(f"{where}: {len(part)} rows, not {expected}, or one stands twice")
             if name == "completions":
                 faults += _prompts(part, people, where)
+    faults += _logs(stored.tables, design)
     for name in set(stored.tables) - {"completions", "fixed", "heldout"}:
         faults += _balanced(name, stored.tables[name], profile)
     return verdict("complete", stored.name, faults, f"{len(cells)} cells")
+
+
+def _logs(tables: Mapping[str, pd.DataFrame], design: Design) -> Iterator[str]:
+    """Every cell has one merge, and every training of it a log up to its last step; scans and draws that conditions
+    share have as many rows in each."""
+    merges, training = tables.get("merges"), tables.get("training")
+    if merges is not None and len(merges) and len(merges) != len(design.cells):
+        yield f"merges: {len(merges)} rows, not {len(design.cells)}"
+    if training is not None and len(training):
+        last = training.groupby(["condition", "seed", "position"])["step"].max()
+        for cell in design.cells:
+            for position, merged in enumerate(cell.checkpoint.merged):
+                change = merged.change
+                if (
+                    isinstance(change, FineTune)
+                    and last.get((cell.condition, cell.seed, position)) != change.training.steps
+                ):
+                    yield f"training of {cell.condition}, seed {cell.seed}: not {change.training.steps} steps"
+    for name in EVEN & set(tables):
+        if len(set(tables[name].groupby(["condition", "seed"]).size())) > 1:
+            yield f"{name}: conditions differ in rows"
 
 
 def _prompts(part: pd.DataFrame, people: Mapping[str, str], where: str) -> Iterator[str]:

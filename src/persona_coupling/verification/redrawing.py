@@ -27,7 +27,7 @@ ID = re.compile(r"\b[a-z][0-9a-f]{10}\b")  # of an SVG's clip path or marker
 ROUNDING = (
     1e-9  # relative: sums of doubles in another order, on another processor; raising it lets small forgeries pass
 )
-DRAWN = 2e-3  # of a point of an SVG: what such rounding can move a line by, and the eye cannot see
+DRAWN = 1e-4  # of a point of an SVG: what such rounding can move a line by, and the eye cannot see
 
 
 @dataclass
