@@ -110,6 +110,24 @@ def notes(session: nox.Session) -> None:
 
 
 @nox.session
+def verify(session: nox.Session) -> None:
+    """Check the evidence and recompute every claim without a model, in a minute. Option: -- --profile NAME."""
+    command(session, "verify")
+
+
+@nox.session
+def spotcheck(session: nox.Session) -> None:
+    """Train and sample some cells of a claim again: -- --claim ID --cells N --seed S."""
+    command(session, "spotcheck")
+
+
+@nox.session
+def mutate(session: nox.Session) -> None:
+    """Test the verifier: forge every class of evidence in copies, count what is caught. Options: -- --only NN."""
+    command(session, "mutate")
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """All tests, one notebook end to end included. Arguments after -- go to pytest."""
     generator(session)  # the site's tests build one

@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             commands.choices[name].add_argument("--notes", action="store_true", help="execute the lab notes again too")
     _common(commands.add_parser("kit", help="write REVIEWERS.md's claims, codecheck.yml and RO-Crate metadata again"))
     website.add_arguments(commands.add_parser("notes", help="write the lab notes' site"))
+    _verifying(commands)
     bench = commands.add_parser("bench", help="measure training and sampling side by side")
     bench.add_argument("--steps", type=int, default=8, help="timed steps; 8 batches are one window of lengths")
     chosen = parser.parse_args(arguments)
@@ -72,6 +73,25 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. Every finished cell is kept; run the same command to go on.", file=sys.stderr)
         return 130
+
+
+def _verifying(commands: Any) -> None:
+    """Arguments of the commands of `verification`."""
+    verifying = {
+        "verify": "check the committed evidence and recompute every verdict, without a model",
+        "mutate": "test the verifier: forge the evidence in copies and count what it catches",
+        "spotcheck": "train and sample some cells of a claim again and compare",
+    }
+    for name, what in verifying.items():
+        command = commands.add_parser(name, help=what)
+        _common(command)
+        command.add_argument("--workers", type=int, default=0, help="processes side by side (default: the cores)")
+    commands.choices["mutate"].add_argument("--only", action="append", default=[], help="an experiment; repeatable")
+    spot = commands.choices["spotcheck"]
+    spot.add_argument("--claim", required=True, help="a claim's id")
+    spot.add_argument("--cells", type=int, default=1, help="how many cells to make again")
+    spot.add_argument("--seed", type=int, required=True, help="your own seed, which picks the cells")
+    spot.add_argument("--into", default="", help="keep the fresh artifacts in this empty folder")
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -203,13 +223,17 @@ def combine(arguments: argparse.Namespace) -> None:
 
 def reproduce(arguments: argparse.Namespace) -> None:
     """Everything: stages under one bar, then the notebooks, then the paper."""
+    from persona_coupling.verification import ledger
+
     started = time.monotonic()
+    before = ledger.read(profile_name(arguments.profile))
     parameters, experiments = _built(arguments)
     for experiment in experiments:
         print(f"notebook {experiment.name} ...", flush=True)
         notebooks.execute(experiment, parameters)
     name = parameters["profile"]
     pdf = build_paper(name)
+    entries = ledger.compare(before, ledger.read(name))
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} min. Where things lie:")
     for experiment in experiments:
         print(f"  lab note   {_short(experiment.lab_note(name))}")
@@ -217,7 +241,9 @@ def reproduce(arguments: argparse.Namespace) -> None:
     print(f"  figures    {_short(paths.figures(name))}/")
     print(f"  tables     {_short(paths.generated(name))}/")
     print(f"  paper      {_short(pdf)}")
+    print(f"  ledger     {_short(ledger.write(name, entries))}")
     print_claims(name)
+    print(ledger.text(entries))
 
 
 def _short(path: Path) -> str:
@@ -248,30 +274,22 @@ def paper(arguments: argparse.Namespace) -> None:
 
 
 def build_paper(profile: str) -> Path:
-    """Write the PDF from generated files alone. Raises UserError with typst's message."""
-    import typst
-
+    """Write the PDF from generated files alone, then seal the evidence. Raises UserError with typst's message."""
     from persona_coupling import kit, prose
+    from persona_coupling.verification import mutations, seal
 
-    folder = paths.generated(profile)
-    index = prose.write_index(folder)
+    mutations.drop_stale(profile)
+    index = prose.write_index(paths.generated(profile))
     if profile == _evidence() and (paths.repository() / "README.md").is_file():
         prose.write_readme(index)
     target = paths.pdf(profile)
     temporary = target.with_suffix(f".{os.getpid()}.pdf")
     try:
-        typst.compile(
-            str(paths.repository() / "paper" / "main.typ"),
-            output=str(temporary),
-            root=str(paths.repository()),
-            sys_inputs={"profile": profile},
-            timestamp=0,
-        )
+        temporary.write_bytes(prose.compile_paper(profile))
         temporary.replace(target)
-    except typst.TypstError as error:
-        raise UserError(f"The paper does not compile: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+    seal.write(profile)
     if profile == _evidence() and (paths.repository() / "REVIEWERS.md").is_file():
         kit.write(profile)
     return target
@@ -317,6 +335,33 @@ def bench(arguments: argparse.Namespace) -> None:
     benchmark.run(steps=arguments.steps)
 
 
+def verify(arguments: argparse.Namespace) -> int:
+    """Whether the committed claims hold. 0 they do, 1 some do not, 2 could not be checked."""
+    from persona_coupling.verification import verify as verification
+
+    return verification.main(stored_profile(arguments.profile), arguments.workers)
+
+
+def mutate(arguments: argparse.Namespace) -> int:
+    """Test the verifier; the outcome goes into the paper's appendix."""
+    from persona_coupling.verification import mutations
+
+    name = stored_profile(arguments.profile)
+    code = mutations.main(name, only=arguments.only, workers=arguments.workers)
+    if not arguments.only:
+        print(_short(build_paper(name)))
+    return code
+
+
+def spotcheck(arguments: argparse.Namespace) -> int:
+    """Some cells of a claim again. Exit codes as of `verify`."""
+    from persona_coupling.verification import spotcheck as spot
+
+    folder = Path(arguments.into).resolve() if arguments.into else None
+    name = stored_profile(arguments.profile)
+    return spot.run(name, arguments.claim, count=arguments.cells, seed=arguments.seed, folder=folder)
+
+
 COMMANDS = {
     "reproduce": reproduce,
     "cells": cells,
@@ -327,4 +372,7 @@ COMMANDS = {
     "kit": write_kit,
     "notes": website.command,
     "bench": bench,
+    "verify": verify,
+    "mutate": mutate,
+    "spotcheck": spotcheck,
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_coupling import claims, models, paths, personas, score, stats
-from persona_coupling.errors import GuardError
+from persona_coupling.errors import GuardError, UserError
 
 README_BEGINS = "<!-- headline: written by `nox -s paper` from the verdicts; do not edit by hand -->"
 README_ENDS = "<!-- end of headline -->"
@@ -47,11 +47,15 @@ def headline(rows: Sequence[Mapping[str, Any]], path: Path | None = None) -> dic
 def write_readme(index: Mapping[str, Any]) -> None:
     """Put the headline of this copy's verdicts between the README's two comments. Raises GuardError without them."""
     path = paths.repository() / "README.md"
-    text = path.read_text(encoding="utf-8")
+    path.write_text(with_headline(path.read_text(encoding="utf-8"), index), encoding="utf-8")
+
+
+def with_headline(text: str, index: Mapping[str, Any]) -> str:
+    """A README with the headline of an index between its two comments. Raises GuardError without them."""
     before, found, rest = text.partition(README_BEGINS)
     _, ended, after = rest.partition(README_ENDS)
     if not found or not ended:
-        raise GuardError(f"{path} lacks the comments between which the headline stands")
+        raise GuardError("README.md lacks the comments between which the headline stands")
     words = index["headline"]
     profile = index["profile"]
     seeds = len(profile["seeds"])
@@ -63,7 +67,21 @@ def write_readme(index: Mapping[str, Any]) -> None:
         f"[the paper](paper/paper-{profile['name']}.pdf) has the numbers, intervals and verdicts behind each sentence."
     )
     block = "\n".join(["", *lines, "", source, ""])
-    path.write_text(before + README_BEGINS + block + README_ENDS + after, encoding="utf-8")
+    return before + README_BEGINS + block + README_ENDS + after
+
+
+def compile_paper(profile: str) -> bytes:
+    """The PDF that a profile's generated files and the paper's sources give. Raises UserError with typst's message."""
+    import typst
+
+    root = paths.repository()
+    try:
+        made = typst.compile(
+            str(root / "paper" / "main.typ"), root=str(root), sys_inputs={"profile": profile}, timestamp=0
+        )
+    except typst.TypstError as error:
+        raise UserError(f"The paper does not compile: {error}") from error
+    return bytes(made)
 
 
 def _minutes(contents: Iterable[dict[str, Any]]) -> float:
@@ -72,6 +90,14 @@ def _minutes(contents: Iterable[dict[str, Any]]) -> float:
     for content in contents:
         stages |= content["stages"]
     return round(sum(stages.values()) / 60, 2)
+
+
+def _mutations(path: Path) -> dict[str, Any] | None:
+    """The test of the verifier, if it was run on this profile: how many forgeries of each class were caught."""
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {name: content[name] for name in ("classes", "mutants", "caught", "survivors")}
 
 
 def write_index(folder: Path) -> dict[str, Any]:
@@ -107,6 +133,7 @@ def write_index(folder: Path) -> dict[str, Any]:
         "provenance": {name: content["provenance"] for name, content in experiments.items()},
         "compute_minutes": _minutes(experiments.values()),
         "prior": prior,
+        "mutations": _mutations(folder / "mutations.json"),
         "constants": {
             "confidence": stats.CONFIDENCE,
             "resamples": stats.RESAMPLES,

@@ -1,0 +1,264 @@
+"""`spotcheck`: some cells that a claim rests on, picked by the reviewer's seed, trained and sampled again from nothing.
+
+Each fresh value is held against the interval that the committed one predicts for a new run of the same cell. Both are
+means over the same m questions, so with s the standard deviation of question means the fresh mean lies in
+`x ± t(m − 1) s sqrt(1/m + 1/m)` (prediction of a future mean: Meeker, Hahn and Escobar 2017, Statistical Intervals, 2nd
+edition, chapter 4). The questions being the same, their own differences cancel and the interval is conservative by that
+part; training again adds a variance of its own, the noise floor, where it was measured: its standard deviation enters in
+quadrature twice, once for each run. A rate lies between 0 and 1 and its s may be 0: there the interval is that of a
+beta-binomial under Jeffreys' prior, with n effective answers (questions at the least), and the wider of both holds
+(ibid., chapter 6). The level is shared out over all values compared (Bonferroni), so that a true study fails in one
+spot check of twenty at the most, if nothing but this noise is at work.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from scipy import stats as scipy_stats
+
+from persona_coupling import claims, notebooks, paths, score, stats
+from persona_coupling.claims import Claim
+from persona_coupling.errors import UserError
+from persona_coupling.notebooks import Experiment
+from persona_coupling.personas import SOURCE
+from persona_coupling.store import Lab, Stage, Store, in_order
+from persona_coupling.study import Cell, Design
+from persona_coupling.verification.findings import FAILS, HOLDS, UNKNOWN
+
+MEASURES = ("villain rate", "bystander rate", "marker log-prob.")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A fresh value against the interval that the committed one predicts."""
+
+    cell: str
+    measure: str
+    committed: float | None
+    low: float | None
+    high: float | None
+    fresh: float | None
+
+    @property
+    def inside(self) -> bool | None:
+        """None where either side has nothing to compare."""
+        if self.fresh is None or self.low is None or self.high is None:
+            return None
+        return self.low <= self.fresh <= self.high
+
+
+def predicted(
+    values: pd.Series, question: pd.Series, *, rate: bool, level: float, floor: float = 0.0
+) -> tuple[float | None, float | None, float | None]:
+    """Value and prediction interval for a new run of the same cell; see above. `values` are scored observations, `floor`
+    the standard deviation between trainings. None without observations; no interval from a single question of a mean."""
+    if not len(values):
+        return None, None, None
+    value, n = float(values.mean()), len(values)
+    means = values.groupby(question.to_numpy()).mean()
+    m = len(means)
+    low = high = None
+    spread = 0.0
+    if m > 1:
+        spread = float(means.std(ddof=1))
+        half = float(scipy_stats.t.ppf((1 + level) / 2, m - 1)) * math.sqrt(2 * (spread**2 / m + floor**2))
+        low, high = value - half, value + half
+    if rate:
+        plain = value * (1 - value) / n
+        clustered = spread**2 / m
+        effective = round(n / max(1.0, clustered / plain)) if plain > 0 and clustered > 0 else m
+        effective = max(1, min(effective, n))
+        hits = round(value * effective)
+        law = scipy_stats.betabinom(effective, hits + 0.5, effective - hits + 0.5)
+        exact = float(law.ppf((1 - level) / 2)) / effective, float(law.ppf((1 + level) / 2)) / effective
+        low, high = exact if low is None or high is None else (min(low, exact[0]), max(high, exact[1]))
+        low, high = max(0.0, low - floor), min(1.0, high + floor)
+    return value, low, high
+
+
+def cells_of(claim: Claim, design: Design) -> list[Cell]:
+    """The evaluated cells that a claim's estimate rests on: conditions that its name starts with, and those that its gates
+    are about; where neither names one (a role, a mean of draws), all cells of the same arm, else all."""
+    about = {gate.split(".", 1)[1] for gate in claim.gates}
+    named = [c for c in design.cells if claim.estimate.startswith(c.condition + ".") or c.condition in about]
+    if any(claim.estimate.startswith(cell.condition + ".") for cell in named):
+        return named
+    arm = claim.estimate.split(".")[0]
+    more = [c for c in design.cells if c.condition.split(".")[0] == arm and c not in named]
+    return named + more or list(design.cells)
+
+
+def pick(cells: Sequence[Cell], count: int, seed: int) -> list[Cell]:
+    """`count` cells by the reviewer's seed, in the order of the design."""
+    ordered = sorted(cells, key=lambda cell: (cell.condition, cell.seed))
+    chosen = random.Random(seed).sample(ordered, min(count, len(ordered)))
+    return [cell for cell in cells if cell in chosen]
+
+
+def reusable(stages: Sequence[Stage]) -> Iterator[Stage]:
+    """The artifacts that a spot check takes as they are: the converted model and authored corpora; nothing sampled or
+    trained."""
+    from persona_coupling.stages import UltraChat
+    from persona_coupling.stages.rows import Authored
+
+    for stage in stages:
+        if stage.kind == "model" or isinstance(stage, Authored | UltraChat):
+            yield stage
+
+
+def noise_floor(profile: str) -> tuple[dict[str, float], str]:
+    """Standard deviation of each measure between trainings that differ in nothing but noise, from
+    `paper/generated/<profile>/noise_floor.json` (`{"villain rate": 0.02, ...}`), and what to say of it."""
+    path = paths.generated(profile) / "noise_floor.json"
+    if not path.is_file():
+        return {}, "The noise floor of training was not measured for this profile: intervals hold sampling noise alone."
+    content = json.loads(path.read_text(encoding="utf-8"))
+    found = {name: float(content[name]) for name in MEASURES if content.get(name) is not None}
+    return found, "Noise floor of training, as measured: " + ", ".join(f"{n} {v:.3g}" for n, v in found.items()) + "."
+
+
+def observed(completions: pd.DataFrame, fixed: pd.DataFrame) -> dict[str, tuple[pd.Series, pd.Series]]:
+    """Scored observations of one cell by measure, with their questions. Bystanders: one mean per question."""
+    kept = completions[completions["value"].notna()]
+    hits = kept["value"].astype(float)
+    source = kept["persona"] == SOURCE
+    others = kept[~source].assign(value=hits[~source])
+    answers = fixed[(fixed["persona"] == SOURCE) & fixed["logprob"].notna()]
+    return {
+        MEASURES[0]: (hits[source], kept.loc[source, "question"]),
+        MEASURES[1]: (others["value"], others["question"]),
+        MEASURES[2]: (answers["logprob"].astype(float), answers["question"]),
+    }
+
+
+def compare(cell: str, old: Any, new: Any, *, level: float, floor: dict[str, float]) -> list[Comparison]:
+    """The three measures of a cell; `old` and `new` are what `observed` gives."""
+    made = []
+    for measure in MEASURES:
+        values, question = old[measure]
+        rate = measure != MEASURES[2]
+        value, low, high = predicted(values, question, rate=rate, level=level, floor=floor.get(measure, 0.0))
+        fresh = float(new[measure][0].mean()) if len(new[measure][0]) else None
+        made.append(Comparison(cell, measure, value, low, high, fresh))
+    return made
+
+
+def stored(experiment: Experiment, profile: str) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
+    """Committed answers, scored from their text, fixed-answer log-probabilities, and the record. Raises UserError."""
+    folder = experiment.results(profile)
+    if not (folder / "record.json").is_file():
+        raise UserError(f"There are no stored results of {experiment.name} under {profile}: nothing to check against.")
+    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    completions = score.score_table(pd.read_parquet(folder / "completions.parquet"))
+    return completions, pd.read_parquet(folder / "fixed.parquet"), record
+
+
+def run(profile: str, identity: str, *, count: int, seed: int, folder: Path | None = None) -> int:
+    """Spot-check a claim and print the outcome. `folder` keeps the fresh artifacts (default: a temporary folder).
+
+    Returns 0 when every fresh value lies inside its interval, 1 when one does not, 2 when there was nothing to compare.
+    Raises UserError for an unknown claim or absent results.
+    """
+    from persona_coupling import progress
+    from persona_coupling.machine import machine
+
+    claim = next((c for c in claims.read() if c.id == identity), None)
+    if claim is None:
+        raise UserError(f"There is no claim {identity!r}. `nox -s claims` lists them.")
+    experiment = notebooks.choose([claim.experiment])[0]
+    completions, fixed, record = stored(experiment, profile)
+    parameters = {"profile": profile, "seeds": record["profile"]["seeds"], "model": ""}
+    design = notebooks.design_of(experiment, parameters)
+    chosen = pick(cells_of(claim, design), count, seed)
+    if not chosen:
+        print(f"{identity} rests on no evaluated cell: there is nothing to sample again.")
+        return UNKNOWN
+    floor, said = noise_floor(profile)
+    print(f"claim {claim.id}: {claim.statement}")
+    print(f"seed {seed} picks {', '.join(f'{c.condition} (seed {c.seed})' for c in chosen)}. {said}")
+    with tempfile.TemporaryDirectory(prefix="spotcheck-") as temporary:
+        store = Store(folder or Path(temporary))
+        if any(store.root.glob("change/*/manifest.json")):
+            raise UserError(
+                f"{store.root} holds trained artifacts: a spot check starts from nothing. Name another folder."
+            )
+        stages = in_order([stage for cell in chosen for stage in (cell.merge, cell.evaluation)])
+        _bring(reusable(stages), Store(paths.artifacts()), store)
+        settings = machine()
+        ratio = progress.parameters_ratio(_model(profile))
+        speeds = progress.Speeds(store.root, settings.device, ratio, stacked=False)
+        planned = progress.plan(stages, store, speeds)
+        print(planned.text())
+        started = time.monotonic()
+        progress.build(planned, store, settings.device, speeds, workers=settings.workers)
+        minutes = (time.monotonic() - started) / 60
+        lab = Lab(store, device=settings.device)
+        level = 1 - (1 - stats.CONFIDENCE) / (len(chosen) * len(MEASURES))
+        rows, letters = [], []
+        for cell in chosen:
+            fresh = lab.folder(cell.evaluation)
+            mine = (completions["condition"] == cell.condition) & (completions["seed"] == cell.seed)
+            theirs = (fixed["condition"] == cell.condition) & (fixed["seed"] == cell.seed)
+            table = score.score_table(pd.read_parquet(fresh / "completions.parquet"))
+            name = f"{cell.condition}, seed {cell.seed}"
+            old = observed(completions[mine], fixed[theirs])
+            rows += compare(
+                name, old, observed(table, pd.read_parquet(fresh / "fixed.parquet")), level=level, floor=floor
+            )
+            same = completions.loc[mine, "completion"].tolist() == table["completion"].tolist()
+            letters.append(f"{name}: the fresh answers are {'the same to the letter' if same else 'other answers'}")
+    print(text(rows, level))
+    print("\n".join(letters))
+    made = record["provenance"]
+    print(f"committed on {made['device']}, checked on {settings.device}, {os.cpu_count()} cores, in {minutes:.1f} min")
+    return verdict(rows)
+
+
+def verdict(rows: Sequence[Comparison]) -> int:
+    """0 all inside, 1 one outside, 2 nothing could be compared."""
+    outcomes = [row.inside for row in rows]
+    return FAILS if False in outcomes else HOLDS if True in outcomes else UNKNOWN
+
+
+def text(rows: Sequence[Comparison], level: float) -> str:
+    """The comparisons as a table."""
+    lines = ["", f"{'cell':<36} {'measure':<17} {'committed':>9}  {'predicted':<18} {'fresh':>8}  outcome"]
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    for row in rows:
+        interval = f"[{number(row.low)}, {number(row.high)}]"
+        outcome = {True: "inside", False: "OUTSIDE", None: "not comparable"}[row.inside]
+        lines.append(
+            f"{row.cell:<36} {row.measure:<17} {number(row.committed):>9}  {interval:<18} {number(row.fresh):>8}  {outcome}"
+        )
+    lines.append(f"prediction intervals at {level:.2%} each, 95 % for all of them together")
+    return "\n".join(lines)
+
+
+def _model(profile: str) -> Any:
+    from persona_coupling import profiles
+
+    return profiles.load(profile).model
+
+
+def _bring(stages: Iterator[Stage], source: Store, target: Store) -> None:
+    """Copy artifacts that are there, checked against their manifests."""
+    for stage in stages:
+        if source.has(stage) and not target.has(stage):
+            folder = target.folder(stage)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(source.fetch(stage), folder)
