@@ -255,7 +255,8 @@ def planted(design: Design, profile: profiles.Profile, rates: Rates) -> Results:
     bank = questions.eval_questions(20, 0)  # enough for every verdict to be within reach
     completions, fixed, heldout, training = [], [], [], []
     for cell in design.cells:
-        source, bystander = rates.get(cell.condition) or rates[cell.condition.split(".")[1]]
+        kind = cell.condition.split(".")[1].replace("twin", "scratch")
+        source, bystander = rates.get(cell.condition) or rates[kind]
         label = {"condition": cell.condition, "seed": cell.seed}
         for persona in personas.personas():
             rate = source if persona.id == personas.SOURCE else bystander
