@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import notebooks, paths, website
+from persona_coupling import notebooks, outputs, paths, website
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.study import STORED_ONLY
 
@@ -70,6 +72,15 @@ def main(arguments: list[str] | None = None) -> int:
     except GuardError as error:
         print(f"\nA guard fired: {error}. No number was written for it; finished cells are kept.", file=sys.stderr)
         return 3
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        where = error.filename or "a file"
+        print(
+            f"\n{where} cannot be written: {error.strerror}. Finished cells are kept; mend this and run again.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("\nInterrupted. Every finished cell is kept; run the same command to go on.", file=sys.stderr)
         return 130
@@ -199,7 +210,8 @@ def cells(arguments: argparse.Namespace) -> None:
         if missing:
             print(f"  {experiment.name} lacks {missing} artifacts")
             continue
-        study.run(design, folder)
+        with outputs.turn():
+            study.run(design, folder)
         print(f"  results    {_short(folder)}/")
 
 
@@ -228,11 +240,12 @@ def reproduce(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     before = ledger.read(profile_name(arguments.profile))
     parameters, experiments = _built(arguments)
-    for experiment in experiments:
-        print(f"notebook {experiment.name} ...", flush=True)
-        notebooks.execute(experiment, parameters)
     name = parameters["profile"]
-    pdf = build_paper(name)
+    with outputs.turn():
+        for experiment in experiments:
+            print(f"notebook {experiment.name} ...", flush=True)
+            notebooks.execute(experiment, parameters)
+        pdf = build_paper(name)
     entries = ledger.compare(before, ledger.read(name))
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} min. Where things lie:")
     for experiment in experiments:
@@ -362,17 +375,27 @@ def spotcheck(arguments: argparse.Namespace) -> int:
     return spot.run(name, arguments.claim, count=arguments.cells, seed=arguments.seed, folder=folder)
 
 
+def _alone(command: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int | None]:
+    """The command, while no other process writes in this checkout."""
+
+    def run(arguments: argparse.Namespace) -> int | None:
+        with outputs.turn():
+            return command(arguments)
+
+    return run
+
+
 COMMANDS = {
     "reproduce": reproduce,
     "cells": cells,
-    "combine": combine,
+    "combine": _alone(combine),
     "plan": plan,
-    "paper": paper,
+    "paper": _alone(paper),
     "claims": print_stored_claims,
-    "kit": write_kit,
+    "kit": _alone(write_kit),
     "notes": website.command,
     "bench": bench,
     "verify": verify,
-    "mutate": mutate,
+    "mutate": _alone(mutate),
     "spotcheck": spotcheck,
 }

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from persona_coupling import crate, notebooks, outline, paths
+from persona_coupling import crate, notebooks, outline, outputs, paths
 from persona_coupling.errors import GuardError
 from persona_coupling.outline import Outline
 from persona_coupling.store import sha256_of
@@ -44,9 +44,9 @@ def write(profile: str) -> list[Path]:
     found = outline.read(profile)
     texts = {root / "REVIEWERS.md": reviewers(profile, found), root / "codecheck.yml": codecheck(profile, found)}
     for path, text in texts.items():
-        path.write_text(text, encoding="utf-8")
+        outputs.write(path, text)
     metadata = root / "ro-crate-metadata.json"  # last, since it lists the others
-    metadata.write_text(json.dumps(crate.describe(profile), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    outputs.write(metadata, json.dumps(crate.describe(profile), indent=1, ensure_ascii=False) + "\n")
     return [*texts, metadata]
 
 

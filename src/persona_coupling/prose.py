@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import claims, models, paths, personas, score, stats
+from persona_coupling import claims, models, outputs, paths, personas, score, stats
 from persona_coupling.errors import GuardError, UserError
 
 README_BEGINS = "<!-- headline: written by `nox -s paper` from the verdicts; do not edit by hand -->"
@@ -47,7 +47,7 @@ def headline(rows: Sequence[Mapping[str, Any]], path: Path | None = None) -> dic
 def write_readme(index: Mapping[str, Any]) -> None:
     """Put the headline of this copy's verdicts between the README's two comments. Raises GuardError without them."""
     path = paths.repository() / "README.md"
-    path.write_text(with_headline(path.read_text(encoding="utf-8"), index), encoding="utf-8")
+    outputs.write(path, with_headline(path.read_text(encoding="utf-8"), index))
 
 
 def with_headline(text: str, index: Mapping[str, Any]) -> str:
@@ -144,6 +144,5 @@ def write_index(folder: Path) -> dict[str, Any]:
         },
     }
     text = json.dumps(index, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "index.json").write_text(text, encoding="utf-8")
+    outputs.write(folder / "index.json", text)
     return index

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from persona_coupling import claims, figures, paths, tables
+from persona_coupling import claims, figures, outputs, paths, tables
 from persona_coupling.claims import Gate, Judgement
 from persona_coupling.measures import Estimates
 from persona_coupling.study import Results, Study
@@ -44,10 +44,8 @@ class Report:
 
     def values(self, name: str, content: dict[str, Any]) -> None:
         """Save values that stand for the whole profile, not for this experiment alone, as `<name>.json`."""
-        folder = paths.generated(self.profile.name)
-        folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+        outputs.write(paths.generated(self.profile.name) / f"{name}.json", text)
 
     def finish(self, estimates: Estimates, gates: Sequence[Gate], facts: dict[str, Any]) -> list[Judgement]:
         """Judge the experiment's claims and write everything that the paper reads of it. `facts` are further values
@@ -70,10 +68,7 @@ class Report:
             "stages": record.get("stages", {}),
             "compute_minutes": record["compute_minutes"],
         }
-        folder = paths.generated(self.profile.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-        (folder / f"{self.experiment}.json").write_text(text, encoding="utf-8")
+        self.values(self.experiment, content)
         return judgements
 
 
