@@ -178,19 +178,22 @@ def distinct(stored: Stored, same: Set[tuple[str, str]] = frozenset()) -> Findin
                 faults.append(f"{name}: {condition} says the same to the letter under seeds {other[1]} and {seed}")
             elif not {(other[0], condition), (condition, other[0])} & same:
                 faults.append(f"{name}: {other[0]} and {condition} say the same to the letter under seed {seed}")
-    faults += _chains(stored.tables.get("training"))
+    faults += _chains(stored.tables.get("training"), same)
     return verdict("distinct", stored.name, faults)
 
 
-def _chains(training: pd.DataFrame | None) -> Iterator[str]:
-    """Two differently named trainings with the same losses are one."""
+def _chains(training: pd.DataFrame | None, same: set[tuple[str, str]]) -> Iterator[str]:
+    """Two differently named trainings with the same losses are one, but for those of conditions declared the `same`."""
     if training is None or not len(training):
         return
     seen: dict[str, str] = {}
+    under = training.groupby("change")["condition"].agg(set)
     for change, part in training.drop_duplicates(["change", "step"]).groupby("change", sort=False):
         losses = canonical_json([str(x) for x in part.sort_values("step")[["loss", "grad_norm"]].to_numpy().ravel()])
         other = seen.setdefault(losses, str(change))
-        if other != change:
+        if other != change and not any(
+            {(one, two), (two, one)} & same for one in under[other] for two in under[change]
+        ):
             yield f"trainings {other} and {change} have the same losses"
     seeds = training.groupby("change")["seed"].nunique()
     for change in seeds.index[seeds > 1]:
