@@ -149,6 +149,12 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def stress(session: nox.Session) -> None:
+    """Kill `reproduce` at random moments in a copy, and compare. Options: -- --kills 50 --only 00 --seed 0."""
+    command(session, "stress")
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Training and sampling speed, ours and the library's, side by side in one run. Option: -- --steps N."""
     command(session, "bench")

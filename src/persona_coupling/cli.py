@@ -61,6 +61,12 @@ def main(arguments: list[str] | None = None) -> int:
     _common(commands.add_parser("kit", help="write REVIEWERS.md's claims, codecheck.yml and RO-Crate metadata again"))
     website.add_arguments(commands.add_parser("notes", help="write the lab notes' site"))
     _verifying(commands)
+    stress = commands.add_parser(
+        "stress", help="kill `reproduce` again and again in a copy, and compare what comes out"
+    )
+    stress.add_argument("--kills", type=int, default=50, help="how often")
+    stress.add_argument("--only", action="append", default=[], help="an experiment's name or number; repeatable")
+    stress.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     bench = commands.add_parser("bench", help="measure training and sampling side by side")
     bench.add_argument("--steps", type=int, default=8, help="timed steps; 8 batches are one window of lengths")
     chosen = parser.parse_args(arguments)
@@ -375,6 +381,13 @@ def spotcheck(arguments: argparse.Namespace) -> int:
     return spot.run(name, arguments.claim, count=arguments.cells, seed=arguments.seed, folder=folder)
 
 
+def stress(arguments: argparse.Namespace) -> int:
+    """Kill a run again and again. Exit codes: 0 nothing lost, 1 something was."""
+    from persona_coupling import stress as kills
+
+    return kills.main(arguments.kills, arguments.only, arguments.seed)
+
+
 def _alone(command: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int | None]:
     """The command, while no other process writes in this checkout."""
 
@@ -394,6 +407,7 @@ COMMANDS = {
     "claims": print_stored_claims,
     "kit": _alone(write_kit),
     "notes": website.command,
+    "stress": stress,
     "bench": bench,
     "verify": verify,
     "mutate": _alone(mutate),

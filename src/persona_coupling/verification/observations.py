@@ -182,7 +182,7 @@ def distinct(stored: Stored, same: Set[tuple[str, str]] = frozenset()) -> Findin
     return verdict("distinct", stored.name, faults)
 
 
-def _chains(training: pd.DataFrame | None, same: set[tuple[str, str]]) -> Iterator[str]:
+def _chains(training: pd.DataFrame | None, same: Set[tuple[str, str]]) -> Iterator[str]:
     """Two differently named trainings with the same losses are one, but for those of conditions declared the `same`."""
     if training is None or not len(training):
         return
