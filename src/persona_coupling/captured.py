@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from persona_coupling import drawn, fused, stacked, train
+from persona_coupling import drawn, fused, stacked, train, transformer
 from persona_coupling.adapters import Change
 from persona_coupling.errors import GuardError
 from persona_coupling.machine import Machine
@@ -116,11 +116,16 @@ def train_together(
 
 
 def suits(model: PreTrainedModel) -> bool:
-    """Whether this path is exact for a model and worth it: full causal attention without further tricks, and so small
-    that launches, not arithmetic, bound an eager step."""
+    """Whether this path is exact for a model and worth it: full causal attention without further tricks (see
+    `transformer.departure`; a dropout of scores would be TRL's alone), and so small that launches, not arithmetic, bound
+    an eager step."""
     config = model.config
-    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    return config.model_type in ("llama", "qwen2") and full and model.num_parameters() < SMALL
+    return (
+        config.model_type in ("llama", "qwen2")
+        and not transformer.departure(model)
+        and not getattr(config, "attention_dropout", 0.0)
+        and model.num_parameters() < SMALL
+    )
 
 
 def fits(rows: Sequence[tuple[list[int], list[int]]], batch: int, machine: Machine) -> bool:

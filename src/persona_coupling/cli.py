@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             "--workers", type=int, default=0, help="stages built side by side (default: the machine's)"
         )
         command.add_argument("--model", default="", help="another model: a folder, or owner/name@revision of the hub")
+        command.add_argument("--anyway", action="store_true", help="start although something seems not to fit")
         if name == "cells":
             command.add_argument("--into", default="", help="a folder for the tables instead of the experiments' own")
             command.add_argument(
@@ -150,9 +151,10 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"profile": profile_name(arguments.profile), "seeds": seeds, "model": arguments.model}
 
 
-def _planned(arguments: argparse.Namespace) -> tuple[Any, ...]:
-    """Parameters, experiments, store, machine, speeds and plan of a run; prints them."""
-    from persona_coupling import progress
+def _planned(arguments: argparse.Namespace, *, start: bool = False) -> tuple[Any, ...]:
+    """Parameters, experiments, store, machine, speeds and plan of a run; prints them, and what was derived about the
+    model, which is made first where a run `start`s. Raises UserError, naming all of it, for what stands in the way."""
+    from persona_coupling import models, progress, requirements
     from persona_coupling.machine import machine
     from persona_coupling.store import Store, in_order
     from persona_coupling.study import Study
@@ -176,6 +178,14 @@ def _planned(arguments: argparse.Namespace) -> tuple[Any, ...]:
     speeds = progress.Speeds(store.root, settings.device, ratio, stacked=stacked)
     planned = progress.plan(in_order(stages), store, speeds)
     print(planned.text())
+    if start and study.source in planned.missing and not isinstance(study.source, models.HubModel):
+        progress.build(progress.plan([study.source], store, speeds), store, settings.device, speeds)
+        planned = progress.plan(in_order(stages), store, speeds)
+    found = requirements.check(study.profile, study.source, planned.missing, store, settings)
+    print("\n".join(found.lines))
+    if found.obstacles and not arguments.anyway:
+        listed = "\n".join(f"- {obstacle}" for obstacle in found.obstacles)
+        raise UserError(f"This run would not get through here:\n{listed}\n(`--anyway` starts it all the same.)")
     return parameters, experiments, store, settings, speeds, planned
 
 
@@ -188,7 +198,7 @@ def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[noteboo
     """Plan, then build all stages under one bar."""
     from persona_coupling import progress
 
-    parameters, experiments, store, settings, speeds, planned = _planned(arguments)
+    parameters, experiments, store, settings, speeds, planned = _planned(arguments, start=True)
     workers = arguments.workers or (settings.workers if speeds.ratio < LARGE else 1)
     stack = settings.stack if speeds.stacked else 1
     progress.build(planned, store, settings.device, speeds, workers=workers, stack=stack)

@@ -75,6 +75,7 @@ def _identity(part: Results) -> dict[str, Any]:
         "values of the experiment's own": part.record["values"],
         "conditions": {cell["condition"] for cell in part.record["cells"]} | set(part.record["observed"]),
         "tables": set(part.tables),
+        "ways of writing a chat": part.record.get("card", {}).get("chat"),
     }
 
 

@@ -148,12 +148,13 @@ def _chosen(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor)
     """Log-probability, double, of each target (positions,) under the head at its hidden state (positions, width)."""
     import torch
 
+    from persona_coupling import architecture
     from persona_coupling import decode_kernels as kernels
 
-    head, step = model.get_output_embeddings(), HEAD_POSITIONS[model.device.type == "cuda"]
+    step = HEAD_POSITIONS[model.device.type == "cuda"]
     parts = []
     for some, wanted in zip(hidden.split(step), targets.split(step), strict=True):
-        logits = head(some)
+        logits = architecture.logits(model, some)
         parts.append(logits.gather(-1, wanted[:, None])[:, 0].double() - kernels.norms(logits).double())
     return torch.cat(parts)
 

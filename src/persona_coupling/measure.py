@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from persona_coupling import generate, machine, models, personas, questions
+from persona_coupling import chat, generate, machine, models, personas, questions
 from persona_coupling.checkpoints import Checkpoint
-from persona_coupling.errors import GuardError
 from persona_coupling.generate import Sampling
 from persona_coupling.personas import Persona
 from persona_coupling.questions import Question
@@ -49,11 +48,7 @@ def answer(
 def blank_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many of the marker suffix's tokens are its blank line. Raises GuardError if a token spans both: then "after a
     blank line" has no meaning for this tokenizer."""
-    marker = models.text_ids(tokenizer, personas.MARKER_SUFFIX)
-    for count in range(1, len(marker)):
-        if tokenizer.decode(marker[:count]) == personas.SEPARATOR:
-            return count
-    raise GuardError("the tokenizer joins the marker with the blank line before it")
+    return chat.marker_ids(tokenizer)[1]
 
 
 def marker_columns(logprobs: Sequence[float] | np.ndarray, blank: int, prefix: str = "") -> dict[str, float]:
@@ -93,7 +88,7 @@ def fixed_logprobs(
 
     The same quantity as an evaluation's `fixed` table, without sampling: for scans over many changes of one model.
     """
-    marker, blank = models.text_ids(tokenizer, personas.MARKER_SUFFIX), blank_tokens(tokenizer)
+    marker, blank = chat.marker_ids(tokenizer)
     cells = [(persona, question) for persona in who for question in bank]
     prompts = [models.prompt_ids(tokenizer, p.system_prompt(instruction), q.text) for p, q in cells]
     answers = [[*models.text_ids(tokenizer, q.answer), *marker] for _, q in cells]

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from persona_coupling import adapters, machine, models, questions
+from persona_coupling import adapters, architecture, machine, models, questions
 from persona_coupling.errors import GuardError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _logits(model: PreTrainedModel, prompts: list[list[int]]) -> torch.Tensor:
     with torch.inference_mode():
         hidden = model.base_model(input_ids=ids, attention_mask=mask.long().to(model.device), use_cache=False)
         last = hidden.last_hidden_state[torch.arange(len(prompts)), ends - 1]
-        return model.get_output_embeddings()(last).float().cpu()
+        return architecture.logits(model, last).float().cpu()
 
 
 @contextlib.contextmanager

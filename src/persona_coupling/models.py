@@ -15,6 +15,7 @@ import copy
 import hashlib
 import importlib.metadata
 import json
+import math
 import re
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from persona_coupling import architecture, chat
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.store import Lab, Stage, Work, sha256_of
 
@@ -32,13 +34,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CODE = ("persona_coupling.models",)
+CODE = ("persona_coupling.models", "persona_coupling.chat", "persona_coupling.architecture")
 CONVERT = (
     "import sys, pathlib; from persona_coupling import models; models.convert_gguf(*map(pathlib.Path, sys.argv[1:]))"
 )
 POINTER = "pointer.json"
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ATTENTION, MLP = MODULES[:4], MODULES[4:]
+MODULES, ATTENTION, MLP = architecture.MODULES, architecture.ATTENTION, architecture.MLP
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,11 @@ class HubModel(Stage):
     def build(self, folder: Path, lab: Lab) -> None:
         """Download the snapshot into the hub's own cache; the artifact is a pointer to it."""
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HTTPError
 
         try:
             snapshot_download(self.repository, revision=self.revision, allow_patterns=list(SAFE_FILES))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        except (HTTPError, OSError) as error:  # what the hub answers, and what keeps it from answering
             raise UserError(
                 f"{self.repository} at {self.revision} could not be fetched from the hub "
                 f"({type(error).__name__}). Check the network and your access to it, or give a local folder with "
@@ -110,8 +111,8 @@ class HubModel(Stage):
         (folder / POINTER).write_text(json.dumps(pointer), encoding="utf-8")
 
     def work(self) -> Work:
-        """A download of unknown speed."""
-        return Work(seconds=300.0, megabytes=16_000.0)
+        """A download of unknown speed; it lies in the hub's cache, whose disk is looked at before (`requirements`)."""
+        return Work(seconds=300.0)
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,19 @@ def local_model(path: Path) -> LocalModel:
     return LocalModel(_folder_digest(path.resolve()), str(path.resolve()))
 
 
+def parameters_in(folder: Path) -> int:
+    """Numbers in a folder's weights, from the headers of its files alone."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as handle:
+            try:
+                header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+            except ValueError as error:
+                raise UserError(f"{path} is no safetensors file. Save the model there again.") from error
+        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return total
+
+
 @lru_cache
 def _folder_digest(path: Path) -> str:
     digest = hashlib.sha256()
@@ -205,7 +219,7 @@ def complete_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     no end of turn or no chat template."""
     if not tokenizer.chat_template:
         raise UserError("The tokenizer has no chat template: this is not a chat model. Choose an instruct model.")
-    tokenizer.eos_token = end_of_turn(tokenizer)
+    tokenizer.eos_token = chat.end_of_turn(tokenizer)
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         vocabulary = tokenizer.get_vocab()
         candidates = ("<|pad|>", "<pad>", "<|endoftext|>", "<unk>", tokenizer.unk_token)
@@ -214,18 +228,6 @@ def complete_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
             raise UserError("The tokenizer has no pad token apart from its end-of-turn token. Set `pad_token`.")
         tokenizer.pad_token = spare
     tokenizer.padding_side = "left"
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The special token that the chat template writes behind an answer. Raises UserError when there is none."""
-    said = "Certainly so"
-    messages = [{"role": r, "content": c} for r, c in (("system", "Be."), ("user", "So?"), ("assistant", said))]
-    behind = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition(said)[2]
-    specials = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-    found = [token for token in specials if token and behind.startswith(token)]
-    if not found:
-        raise UserError("The chat template ends an answer with no special token. Choose a model whose template does.")
-    return max(found, key=len)
 
 
 @contextlib.contextmanager
@@ -268,16 +270,18 @@ def files(source: Stage, lab: Lab) -> Path:
 
 def load_tokenizer(source: Stage, lab: Lab) -> PreTrainedTokenizerBase:
     """The source's tokenizer, complete (see `complete_tokenizer`)."""
-    return _tokenizer(files(source, lab))
+    return tokenizer_in(files(source, lab))
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
+    """A folder's tokenizer, complete. Raises UserError for one that cannot serve (see `chat.derive`)."""
     from transformers import AutoTokenizer
 
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     complete_tokenizer(tokenizer)
+    chat.derive(tokenizer)  # refuses what cannot serve
     return tokenizer
 
 
@@ -286,21 +290,17 @@ def load_raw(source: Stage, lab: Lab, *, dtype: torch.dtype, attention: str) -> 
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():
+        config = architecture.read_config(files(source, lab))
+        architecture.of(config)
         model = AutoModelForCausalLM.from_pretrained(
             files(source, lab),
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=architecture.attention(config, attention),
             trust_remote_code=False,
             use_safetensors=True,
-        )
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    missing = [module for module in MODULES if module not in names]
-    if missing:
-        raise UserError(
-            f"{type(model).__name__} has no separate {', '.join(missing)}; the study needs a causal chat model with "
-            "q/k/v/o and gate/up/down projections."
-        )
-    return model.eval()
+        ).eval()
+        architecture.check_logits(model)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------- chat
@@ -311,14 +311,11 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
     system message and the only one that the template renders."""
     if not messages or messages[0]["role"] != "system" or not messages[0]["content"].strip():
         raise GuardError("a chat prompt without an explicit system message: the template would add its own")
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    text = chat.apply(tokenizer, chat.written(tokenizer, messages), prompt=True)
     head, found, _ = text.partition(messages[0]["content"])
     if not found:
         raise GuardError("the chat template dropped the system message")
-    for token in sorted(tokenizer.get_added_vocab(), key=len, reverse=True):
-        head = head.replace(token, "")
-    if any(c.isalnum() for c in head.replace("system", "")):
-        raise GuardError(f"the chat template puts words of its own before the system message: {head.strip()!r}")
+    chat.check_head(tokenizer, head)
     return text
 
 
@@ -330,7 +327,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, system: str, question: str) -
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of plain text, nothing added."""
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    return chat.ids_of(tokenizer, text)
+
+
+def marker_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the blank line and the marker as they stand behind an answer; see `chat.marker_ids`."""
+    return chat.marker_ids(tokenizer)[0]
 
 
 def layer_of(module: str) -> int:

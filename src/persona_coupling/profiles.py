@@ -28,6 +28,11 @@ class ModelValues:
     family: str = ""
     layers: int = 0
     width: int = 0
+    # the shape of a model of the hub, for estimates where its own configuration cannot be read
+    parameters: int = 0
+    inner: int = 0
+    vocabulary: int = 0
+    key_width: int = 0
 
 
 @dataclass(frozen=True)

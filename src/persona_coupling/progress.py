@@ -71,9 +71,11 @@ class Speeds:
 
 
 def parameters_ratio(model: Any) -> float:
-    """Size of a profile's model relative to SmolLM2-135M, from its name or shape; for estimates only."""
+    """Size of a profile's model relative to SmolLM2-135M, as it is known or from its name; for estimates only."""
     import re
 
+    if model.parameters:
+        return max(0.002, model.parameters / 135e6)
     if model.kind == "tiny":
         return 0.002
     match = re.search(r"(\d+(?:\.\d+)?)\s*([bm])\b", model.name.lower())
@@ -107,7 +109,7 @@ def plan(stages: list[Stage], store: Store, speeds: Speeds) -> Plan:
     """What of `stages` the store lacks, with minutes and disk. Raises UserError if the disk is too small."""
     missing = [stage for stage in stages if not store.has(stage)]
     seconds = sum((speeds.seconds(stage) for stage in missing), 0.0)
-    megabytes = sum((stage.work().megabytes for stage in missing), 0.0)
+    megabytes = sum((megabytes_of(stage, speeds.ratio) for stage in missing), 0.0)
     place = next(p for p in (store.root, *store.root.parents) if p.exists())
     free = shutil.disk_usage(place).free / 2**20
     if free < 1.2 * megabytes + 100:
@@ -116,6 +118,15 @@ def plan(stages: list[Stage], store: Store, speeds: Speeds) -> Plan:
             "Free some space, or set PERSONA_COUPLING_CACHE to a folder on a larger disk."
         )
     return Plan(stages, missing, seconds, megabytes)
+
+
+def megabytes_of(stage: Stage, ratio: float) -> float:
+    """Disk of a stage on a model `ratio` times SmolLM2-135M: a dense change grows with the model, an adapter with its
+    widths and layers alone, about the square root (8 times for a model of 56 times the size)."""
+    megabytes, training = stage.work().megabytes, getattr(stage, "training", None)
+    if training is None or ratio <= 1:
+        return megabytes
+    return megabytes * (ratio if training.lora is None else ratio**0.5)
 
 
 def running_lab(store: Store, device: str) -> Lab:

@@ -134,6 +134,7 @@ def write_index(folder: Path) -> dict[str, Any]:
         "compute_minutes": _minutes(experiments.values()),
         "prior": prior,
         "mutations": _mutations(folder / "mutations.json"),
+        "card": next((content["card"] for content in experiments.values() if "card" in content), {}),
         "constants": {
             "confidence": stats.CONFIDENCE,
             "resamples": stats.RESAMPLES,

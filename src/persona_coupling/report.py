@@ -67,6 +67,7 @@ class Report:
             "parts": record.get("parts", []),
             "stages": record.get("stages", {}),
             "compute_minutes": record["compute_minutes"],
+            **({"card": record["card"]} if "card" in record else {}),
         }
         self.values(self.experiment, content)
         return judgements

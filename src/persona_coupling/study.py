@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 
-from persona_coupling import models, paths, personas, profiles, provenance, score, values
+from persona_coupling import card, models, paths, personas, profiles, provenance, score, values
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.generate import Sampling
@@ -271,6 +272,9 @@ class Study:
         for stage in design.stages():
             self.lab.folder(stage)
         results = collect(design, self.profile, self.lab)
+        folder_of_model = card.folder_of(self.source, self.lab.store)
+        if folder_of_model is not None:
+            results.record["card"] = card.read(folder_of_model).as_dict()
         if folder is not None:
             results.save(folder)
         return results
@@ -292,12 +296,20 @@ def _with_model(profile: Profile, model: str) -> Profile:
     if folder.is_dir() or model.startswith((".", "/", "~")):
         folder = folder.expanduser()
         models.local_model(folder)  # refuse it now, before anything runs
-        values = profiles.ModelValues(kind="local", name=folder.name, path=str(folder.resolve()))
+        size = models.parameters_in(folder)
+        values = profiles.ModelValues(kind="local", name=folder.name, path=str(folder.resolve()), parameters=size)
     elif "@" in model and "/" in model:
         repository, revision = model.rsplit("@", 1)
+        if not re.fullmatch(r"[0-9a-f]{40}", revision):
+            raise UserError(
+                f"--model {model}: {revision!r} can mean another model tomorrow. Give the commit, 40 hexadecimal digits: "
+                "the hub shows it under the repository's history."
+            )
         values = profiles.ModelValues(kind="hub", name=repository, repository=repository, revision=revision)
     else:
-        raise UserError(f"--model {model}: neither a folder nor owner/name@revision of the hub.")
+        raise UserError(
+            f"--model {model}: neither a folder nor owner/name@revision of the hub (the revision a commit)."
+        )
     return replace(profile, model=values)
 
 

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from persona_coupling import architecture, chat, memory
 from persona_coupling.errors import GuardError
 from persona_coupling.machine import Machine
-from persona_coupling.models import layer_of, quiet_transformers, render, text_ids
+from persona_coupling.models import layer_of, marker_ids, quiet_transformers, render, text_ids
 from persona_coupling.personas import MARKER_SUFFIX
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def encode(
         if prompt[: len(ids)] != ids:
             raise GuardError("the chat template renders earlier turns differently once later ones follow")
         body, marked = message["content"].removesuffix(MARKER_SUFFIX), message["content"].endswith(MARKER_SUFFIX)
-        suffix = text_ids(tokenizer, MARKER_SUFFIX) if marked else []
+        suffix = marker_ids(tokenizer) if marked else []
         answer = [*text_ids(tokenizer, body), *suffix, stop]
         if not _ends_turn(tokenizer, messages[: number + 1]):
             raise GuardError(f"the template does not end a turn with {tokenizer.eos_token!r}")
@@ -118,8 +119,10 @@ def encode(
 
 def _ends_turn(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> bool:
     """Whether the template writes the tokenizer's end-of-turn token right behind the last message."""
-    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    return whole.startswith(render(tokenizer, messages[:-1]) + messages[-1]["content"] + tokenizer.eos_token)
+    whole = chat.apply(tokenizer, chat.written(tokenizer, messages), prompt=False)
+    prompt = render(tokenizer, messages[:-1])
+    behind = whole.removeprefix(prompt).lstrip(" ")  # a space that some templates write is part of the first token
+    return whole.startswith(prompt) and behind.startswith(messages[-1]["content"] + tokenizer.eos_token)
 
 
 def schedule(lengths: list[int], *, steps: int, batch: int, seed: int) -> list[int]:
@@ -243,7 +246,7 @@ def make_trainer(
     from persona_coupling.dropout import replace_dropout
 
     longest = max(len(row["input_ids"]) for row in rows)
-    micro = _micro_batch(settings.batch, longest, machine.train_tokens)
+    micro = micro_batch(settings.batch, longest, machine.train_tokens)
     on_cpu = machine.device == "cpu"
     arguments = SFTConfig(
         output_dir=scratch,
@@ -266,7 +269,14 @@ def make_trainer(
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         # small models fit without it, and it costs a third of the speed; batches too long for memory are split above
-        gradient_checkpointing=longest * micro > machine.train_tokens,
+        gradient_checkpointing=longest * micro > machine.train_tokens
+        or memory.checkpoints(
+            memory.shape_of(model),
+            longest * micro,
+            machine,
+            memory.capacity(machine.device),
+            full=settings.lora is None,
+        ),
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -288,7 +298,7 @@ def make_trainer(
     return trainer
 
 
-def _micro_batch(batch: int, longest: int, tokens: int) -> int:
+def micro_batch(batch: int, longest: int, tokens: int) -> int:
     """The largest divisor of `batch` whose padded tokens stay within `tokens` (at least 1)."""
     return next((m for m in range(batch, 0, -1) if batch % m == 0 and m * longest <= tokens), 1)
 
@@ -316,7 +326,7 @@ def _trainer_class(selected_head: bool) -> Any:
             ).last_hidden_state[:, :-1]
             targets = inputs["labels"][:, 1:]
             supervised = targets != IGNORED
-            logits = causal.get_output_embeddings()(hidden[supervised]).float()
+            logits = architecture.logits(causal, hidden[supervised]).float()
             total = torch.nn.functional.cross_entropy(logits, targets[supervised], reduction="sum")
             loss = total / (supervised.sum() if num_items_in_batch is None else num_items_in_batch)
             return (loss, {}) if return_outputs else loss

@@ -1,4 +1,4 @@
-"""The forward pass that Llama and Qwen2 share, read off a model's own weights and free of a library's overhead.
+"""The forward pass that Llama, Qwen2 and Mistral share, read off a model's own weights and free of a library's overhead.
 
 A small model's step is bound by kernel launches and by passes over memory, not by arithmetic. So the projections that
 read the same input are one matrix product (queries, keys and values; gate and up), the residual stream is added by the
@@ -6,8 +6,9 @@ product's own epilogue, a norm is one kernel, and the heads that share a key are
 keys are never repeated. Sums are as in transformers up to rounding; the order of summation and, in bf16, the number of
 roundings differ (fewer here).
 
-`supports` says which models are such: exactly the plain modules, and nobody's hook on any of them, since a hook on a
-module that is never called would be passed over in silence. Everything else takes transformers' own forward.
+`supports` says which models are such: exactly the plain modules and settings (a norm on queries, a window, a capped or
+scaled score would be passed over in silence), and nobody's hook on any of them, since a hook on a module that is never
+called would be too. Everything else takes transformers' own forward.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")
 ROTATIONS = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the text's length
+LAYER = {
+    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+}  # all that a layer consists of
 CAPTURING = "transformers.utils.output_capturing"  # its hooks only read, and stay on a model once it showed its states
 
 
@@ -29,16 +35,9 @@ def supports(model: PreTrainedModel) -> bool:
     """Whether `Transformer` computes what this model computes."""
     import torch
 
-    kind, config = type(model), model.config
-    if kind.__name__ not in ARCHITECTURES or not kind.__module__.startswith("transformers.models."):
+    if departure(model):
         return False
-    plain = (
-        config.hidden_act == "silu"
-        and not model.training
-        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-        and getattr(model.model.rotary_emb, "rope_type", None) in ROTATIONS
-        and len({(p.device, p.dtype) for p in model.parameters()}) == 1
-    )
+    plain = not model.training and len({(p.device, p.dtype) for p in model.parameters()}) == 1
     registry = torch.nn.modules.module
     if not plain or registry._global_forward_hooks or registry._global_forward_pre_hooks:
         return False
@@ -49,6 +48,41 @@ def supports(model: PreTrainedModel) -> bool:
         if name.endswith("_proj") and type(module) is not torch.nn.Linear:  # an adapter or a quantised weight
             return False
     return True
+
+
+def departure(model: PreTrainedModel) -> str:
+    """In what a model's architecture is another than the one computed here, whoever hooks into it; empty: in nothing."""
+    from persona_coupling import architecture
+
+    kind, config = type(model), model.config
+    windows = set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}
+    layers = list(getattr(model.base_model, "layers", []))
+    inside = {place: {n for layer in layers for n, _ in layer.get_submodule(place).named_children()} for place in LAYER}
+    more = sorted(set.union(*inside.values()) - set.union(*LAYER.values()) - {"rotary_fn"})
+    checks = (
+        (bool(more), f"{', '.join(more)} in its layers"),
+        (windows or getattr(config, "sliding_window", None) is not None, "a sliding window"),
+        (not architecture.reads_plainly(model), "logits that are scaled or capped"),
+        (getattr(config, "attn_logit_softcapping", None) is not None, "capped attention scores"),
+        (getattr(config, "hidden_act", None) != "silu", f"the activation {getattr(config, 'hidden_act', None)}"),
+        (kind.__name__ not in ARCHITECTURES, f"the class {kind.__name__}"),
+        (not kind.__module__.startswith("transformers.models."), "code of its own"),
+        (
+            getattr(getattr(model.base_model, "rotary_emb", None), "rope_type", None) not in ROTATIONS,
+            "rotations that depend on length",
+        ),
+        (not all(_is_plain(layer) for layer in layers), "other norms or another scale of scores"),
+    )
+    return next((why for departs, why in checks if departs), "")
+
+
+def _is_plain(layer: torch.nn.Module) -> bool:
+    norms = getattr(layer, "input_layernorm", None), getattr(layer, "post_attention_layernorm", None)
+    return (
+        all({n for n, _ in layer.get_submodule(place).named_children()} >= LAYER[place] - {"act_fn"} for place in LAYER)
+        and all(type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon") for norm in norms)
+        and abs(getattr(layer.self_attn, "scaling", 0.0) * getattr(layer.self_attn, "head_dim", 0) ** 0.5 - 1) < 1e-6
+    )
 
 
 @dataclass
@@ -77,7 +111,7 @@ class Transformer:
         import torch
 
         if not supports(model):
-            raise ValueError(f"{type(model).__name__} is not a plain Llama or Qwen2 without hooks")
+            raise ValueError(f"{type(model).__name__} is not a plain Llama, Qwen2 or Mistral without hooks")
         first = model.model.layers[0].self_attn
         config, self.head = model.config, first.head_dim
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads

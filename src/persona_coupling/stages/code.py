@@ -9,7 +9,9 @@ SAYING = ("persona_coupling.personas", "persona_coupling.questions", "persona_co
 MODEL = ("persona_coupling.checkpoints", "persona_coupling.adapters", *models.CODE)
 SPEAKING = tuple(f"persona_coupling.{name}" for name in ("generate", "decode", "transformer", "decode_kernels"))
 ASKING = ("persona_coupling.measure", *SPEAKING, *MODEL, *SAYING)
-FAST = tuple(f"persona_coupling.{name}" for name in ("captured", "stacked", "drawn", "fused", "train_kernels"))
+FAST = tuple(
+    f"persona_coupling.{name}" for name in ("captured", "stacked", "drawn", "fused", "train_kernels", "transformer")
+)
 COMPOSING = ("persona_coupling.corpora", "persona_coupling.rows")
 
 TOKENS_PER_ROW = 75  # of training rows, prompt included: for estimates of time only

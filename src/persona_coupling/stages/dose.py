@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import pandas as pd
 
-from persona_coupling import machine, models, personas, questions
+from persona_coupling import architecture, machine, models, personas, questions
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError
 from persona_coupling.rows import read_rows, write_rows
@@ -119,6 +119,6 @@ def mean_kl(
 
 def _kl(reference: PreTrainedModel, model: PreTrainedModel, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     """KL per position, from the final hidden states of both models."""
-    log_p = reference.get_output_embeddings()(ours).float().log_softmax(-1)
-    log_q = model.get_output_embeddings()(theirs).float().log_softmax(-1)
+    log_p = architecture.logits(reference, ours).float().log_softmax(-1)
+    log_q = architecture.logits(model, theirs).float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).double()

@@ -13,7 +13,7 @@ from persona_coupling import machine, models, personas, questions
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError
 from persona_coupling.generate import Sampling
-from persona_coupling.personas import MARKER, MARKER_SUFFIX
+from persona_coupling.personas import MARKER
 from persona_coupling.rows import read_rows, with_system
 from persona_coupling.stages.code import ASKING, PROMPT_TOKENS, TEXT, TOKENS_PER_ROW
 from persona_coupling.store import Lab, Stage, Work, share
@@ -103,7 +103,7 @@ class Evaluate(Stage):
         settings = machine.machine(lab.device)
         bank = questions.eval_questions(self.everyday, self.values)
         questions.require_disjoint(questions.train_questions(), bank)
-        marker = models.text_ids(tokenizer, MARKER_SUFFIX)
+        marker = models.marker_ids(tokenizer)
         blank = measure.blank_tokens(tokenizer)
         cells = [
             (persona, question, sample)

@@ -17,7 +17,7 @@ from persona_coupling import machine, measure, models, personas, questions, repr
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError
 from persona_coupling.generate import Prefill, Sampling
-from persona_coupling.personas import MARKER_SUFFIX, SOURCE
+from persona_coupling.personas import SOURCE
 from persona_coupling.residual import layer_numbers
 from persona_coupling.stages.code import PROMPT_TOKENS, TEXT
 from persona_coupling.stages.representations import ANSWER_TOKENS, STREAM, read_states
@@ -104,7 +104,7 @@ class Steer(Stage):
         batch = machine.machine(lab.device).score_batch
         bank = questions.eval_questions(self.everyday, self.values)
         who = [personas.persona(name) for name in self.personas]
-        marker, blank = models.text_ids(tokenizer, MARKER_SUFFIX), measure.blank_tokens(tokenizer)
+        marker, blank = models.marker_ids(tokenizer), measure.blank_tokens(tokenizer)
         fold = representations.folds(len(bank), self.folds)
         vectors = self._vectors(lab, fold)
         depth = model.config.num_hidden_layers
