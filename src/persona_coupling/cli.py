@@ -176,15 +176,16 @@ def _planned(arguments: argparse.Namespace, *, start: bool = False) -> tuple[Any
     ratio = progress.parameters_ratio(study.profile.model)
     stacked = settings.stack > 1 and ratio < LARGE
     speeds = progress.Speeds(store.root, settings.device, ratio, stacked=stacked)
-    planned = progress.plan(in_order(stages), store, speeds)
+    planned = progress.plan(in_order(stages), store, speeds, check=False)
     print(planned.text())
     if start and study.source in planned.missing and not isinstance(study.source, models.HubModel):
         progress.build(progress.plan([study.source], store, speeds), store, settings.device, speeds)
-        planned = progress.plan(in_order(stages), store, speeds)
+        planned = progress.plan(planned.stages, store, speeds, check=False)
     found = requirements.check(study.profile, study.source, planned.missing, store, settings)
     print("\n".join(found.lines))
-    if found.obstacles and not arguments.anyway:
-        listed = "\n".join(f"- {obstacle}" for obstacle in found.obstacles)
+    obstacles = [planned.shortage] * bool(planned.shortage) + found.obstacles
+    if obstacles and not arguments.anyway:
+        listed = "\n".join(f"- {obstacle}" for obstacle in obstacles)
         raise UserError(f"This run would not get through here:\n{listed}\n(`--anyway` starts it all the same.)")
     return parameters, experiments, store, settings, speeds, planned
 

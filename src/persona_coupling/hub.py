@@ -103,7 +103,7 @@ class _sentences:
             said += f"`hf auth login`, {elsewhere}."
         elif isinstance(error, errors.RevisionNotFoundError):
             said = f"The hub has {self.what}, but not this revision of it ({self.name}): give a commit that it has."
-        elif isinstance(error, errors.HTTPError | OSError | ValueError):
+        elif isinstance(error, errors.HTTPError | OSError | ValueError):  # type: ignore[attr-defined]
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             said = f"The hub could not be reached for {self.name} ({reason}): check the network, {elsewhere}."
         else:

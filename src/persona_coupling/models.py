@@ -97,7 +97,7 @@ class HubModel(Stage):
     def build(self, folder: Path, lab: Lab) -> None:
         """Download the snapshot into the hub's own cache; the artifact is a pointer to it."""
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HTTPError
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
         try:
             snapshot_download(self.repository, revision=self.revision, allow_patterns=list(SAFE_FILES))

@@ -92,6 +92,7 @@ class Plan:
     missing: list[Stage]
     seconds: float
     megabytes: float
+    shortage: str = ""  # of disk, in a sentence
 
     def text(self) -> str:
         """For people: by kind, how many are cached, how many are to be made, and how long that takes."""
@@ -105,19 +106,22 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(stages: list[Stage], store: Store, speeds: Speeds) -> Plan:
-    """What of `stages` the store lacks, with minutes and disk. Raises UserError if the disk is too small."""
+def plan(stages: list[Stage], store: Store, speeds: Speeds, *, check: bool = True) -> Plan:
+    """What of `stages` the store lacks, with minutes and disk. Raises UserError if the disk is too small; without
+    `check` the plan says so itself."""
     missing = [stage for stage in stages if not store.has(stage)]
     seconds = sum((speeds.seconds(stage) for stage in missing), 0.0)
     megabytes = sum((megabytes_of(stage, speeds.ratio) for stage in missing), 0.0)
     place = next(p for p in (store.root, *store.root.parents) if p.exists())
-    free = shutil.disk_usage(place).free / 2**20
+    free, shortage = shutil.disk_usage(place).free / 2**20, ""
     if free < 1.2 * megabytes + 100:
-        raise UserError(
+        shortage = (
             f"The run needs about {megabytes:.0f} MB, and the disk that holds {store.root} has {free:.0f} MB free. "
             "Free some space, or set PERSONA_COUPLING_CACHE to a folder on a larger disk."
         )
-    return Plan(stages, missing, seconds, megabytes)
+    if check and shortage:
+        raise UserError(shortage)
+    return Plan(stages, missing, seconds, megabytes, shortage)
 
 
 def megabytes_of(stage: Stage, ratio: float) -> float:

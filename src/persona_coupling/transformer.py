@@ -57,8 +57,9 @@ def departure(model: PreTrainedModel) -> str:
     kind, config = type(model), model.config
     windows = set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}
     layers = list(getattr(model.base_model, "layers", []))
-    inside = {place: {n for layer in layers for n, _ in layer.get_submodule(place).named_children()} for place in LAYER}
-    more = sorted(set.union(*inside.values()) - set.union(*LAYER.values()) - {"rotary_fn"})
+    inside = {n for layer in layers for place in LAYER for n, _ in layer.get_submodule(place).named_children()}
+    rope = getattr(getattr(model.base_model, "rotary_emb", None), "rope_type", None)
+    more = sorted(inside - {name for names in LAYER.values() for name in names} - {"rotary_fn"})
     checks = (
         (bool(more), f"{', '.join(more)} in its layers"),
         (windows or getattr(config, "sliding_window", None) is not None, "a sliding window"),
@@ -67,10 +68,7 @@ def departure(model: PreTrainedModel) -> str:
         (getattr(config, "hidden_act", None) != "silu", f"the activation {getattr(config, 'hidden_act', None)}"),
         (kind.__name__ not in ARCHITECTURES, f"the class {kind.__name__}"),
         (not kind.__module__.startswith("transformers.models."), "code of its own"),
-        (
-            getattr(getattr(model.base_model, "rotary_emb", None), "rope_type", None) not in ROTATIONS,
-            "rotations that depend on length",
-        ),
+        (rope not in ROTATIONS, "rotations that depend on length"),
         (not all(_is_plain(layer) for layer in layers), "other norms or another scale of scores"),
     )
     return next((why for departs, why in checks if departs), "")
