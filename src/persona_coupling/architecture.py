@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from persona_coupling import memory
 from persona_coupling.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,6 +45,11 @@ class Architecture:
     biases: tuple[str, ...]  # projections with a bias
     window: int | None  # tokens that a layer sees at most, where some layer sees fewer than all
     departs: str  # why the forward pass written here does not compute it; empty: it does
+
+    @property
+    def shape(self) -> memory.Shape:
+        """What its need of memory depends on."""
+        return memory.Shape(self.layers, self.width, self.inner, self.vocabulary, self.key_width, self.parameters)
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -104,7 +104,7 @@ def check_head(tokenizer: PreTrainedTokenizerBase, head: str) -> None:
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     """The special token that the chat template writes behind an answer. Raises UserError when there is none."""
-    whole = apply(tokenizer, written(tokenizer, _messages(ANSWERS[0])), prompt=False)
+    whole = _rendered(tokenizer, _messages(ANSWERS[0]), prompt=False)
     behind = whole.rpartition(ANSWERS[0])[2]
     specials = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     found = [token for token in specials if token and behind.startswith(token)]
@@ -122,14 +122,7 @@ def derive(tokenizer: PreTrainedTokenizerBase) -> Chat:
     """Find out how a complete tokenizer (see `models.complete_tokenizer`) writes a conversation. Raises UserError for
     one that cannot serve: a silently dropped system message, words of the template's own, an answer or a marker that
     would be other tokens in training than where it is read."""
-    from jinja2 import TemplateError
-
-    try:
-        prompt = apply(tokenizer, written(tokenizer, _messages()), prompt=True)
-    except TemplateError as error:
-        raise UserError(
-            f"The chat template does not render a system message and a question ({error}). {MEND}"
-        ) from error
+    prompt = _rendered(tokenizer, _messages(), prompt=True)
     head, found, rest = prompt.partition(SYSTEM)
     if not found:
         raise UserError(f"The chat template drops the system message silently: personas would not differ. {MEND}")
@@ -155,12 +148,22 @@ def derive(tokenizer: PreTrainedTokenizerBase) -> Chat:
     )
 
 
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, prompt: bool) -> str:
+    """As `apply`, a system message carried as it must be. Raises UserError for a template that refuses this too."""
+    from jinja2 import TemplateError
+
+    try:
+        return apply(tokenizer, written(tokenizer, messages), prompt=prompt)
+    except TemplateError as error:
+        raise UserError(f"The chat template does not render a system message and a question ({error}). {MEND}") from error
+
+
 def _lead(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """What stands between prompt and answer. An answer is tokenised on its own everywhere here; refused unless that
     gives the tokens that the tokenizer makes of the whole conversation."""
     leads, stop = set(), tokenizer.eos_token
     for answer in ANSWERS:
-        whole = apply(tokenizer, written(tokenizer, _messages(answer)), prompt=False)
+        whole = _rendered(tokenizer, _messages(answer), prompt=False)
         before, found, _ = whole.removeprefix(prompt).partition(answer + stop)
         if not whole.startswith(prompt) or not found or before.strip():
             raise UserError(

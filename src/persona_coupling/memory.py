@@ -8,7 +8,7 @@ All are estimates for the largest moment of a step. What a training step keeps f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from persona_coupling.machine import Machine
 
@@ -23,26 +23,10 @@ SMALL = 4.0  # of a small model's fp32 weights: two kept sources, the copy, and 
 STEADY = 1.5e9  # bytes of a CUDA context, its libraries' workspaces, and a fused head's tile
 
 
-class Shape(Protocol):
-    """What is asked of an architecture."""
-
-    @property
-    def layers(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def inner(self) -> int: ...
-    @property
-    def vocabulary(self) -> int: ...
-    @property
-    def key_width(self) -> int: ...
-    @property
-    def parameters(self) -> int: ...
-
-
 @dataclass(frozen=True)
-class Declared:
-    """A shape as a profile declares it, for a model whose configuration cannot be read yet."""
+class Shape:
+    """What memory depends on: `inner` is the width between the MLP's projections, `key_width` that of all keys of a token
+    in one layer."""
 
     layers: int
     width: int
@@ -151,10 +135,10 @@ def checkpoints(shape: Shape, tokens: int, machine: Machine, room: float, *, ful
     return ROUNDING * (weights + whole) + STEADY > 0.8 * room
 
 
-def shape_of(model: PreTrainedModel) -> Declared:
+def shape_of(model: PreTrainedModel) -> Shape:
     """The shape of a loaded model."""
     config, layer = model.config.get_text_config(), model.base_model.layers[0]
-    return Declared(
+    return Shape(
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         inner=layer.mlp.gate_proj.out_features,

@@ -133,9 +133,9 @@ def _check_memory(found: Found, profile: Profile, missing: Sequence[Stage], mach
 
 def _shape(known: Card | None, declared: ModelValues) -> tuple[memory.Shape | None, str]:
     if known is not None:
-        return known.architecture, "from the model's configuration"
+        return known.architecture.shape, "from the model's configuration"
     if declared.parameters and declared.layers:
-        shape = memory.Declared(
+        shape = memory.Shape(
             layers=declared.layers,
             width=declared.width,
             inner=declared.inner,
