@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from persona_coupling import (
+    adapters,
     architecture,
     captured,
     card,
@@ -108,7 +109,7 @@ def test_a_card_says_what_was_derived(named):
 
 def test_a_family_goes_through_training_merging_sampling_and_scoring(named, own_lab, fp32):
     """SFT by TRL, coupling, merge check, evaluation; losses and log-probabilities held to the library's own forward."""
-    family, folder = named
+    _, folder = named
     profile = dataclasses.replace(profiles.load("smoke"), seeds=(0,))
     study = Study(profile, lab=own_lab, model=str(folder))
     first = study.sft("bad_legal", seed=0)
@@ -132,14 +133,10 @@ def test_a_family_goes_through_training_merging_sampling_and_scoring(named, own_
     assert len(completions) == len(personas.personas()) * (profile.evaluation.everyday + profile.evaluation.values)
     merged = library(folder)
     for change in coupled.merged:
-        from persona_coupling import adapters
-
         adapters.add(merged, change.read(own_lab, families.LAYERS))
     fixed = pd.read_parquet(design_folder[1] / "fixed.parquet").set_index(["persona", "question"])
     question = questions.eval_questions(profile.evaluation.everyday, profile.evaluation.values)[0]
-    prompt = models.prompt_ids(
-        tokenizer, personas.persona("villain").system_prompt(profile.instruction), question.text
-    )
+    prompt = models.prompt_ids(tokenizer, personas.persona("villain").system_prompt(profile.instruction), question.text)
     before = [*prompt, *models.text_ids(tokenizer, question.answer)]
     marker = models.marker_ids(tokenizer)
     chances = forward(merged, before + marker)
@@ -401,7 +398,7 @@ def test_an_architecture_that_does_not_fit_is_refused_by_name(tmp_path, name):
 
 def test_a_quantised_model_is_refused(tmp_path):
     settings = {**SMALL, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    with pytest.raises(UserError, match="is quantised.*unquantised model"):
+    with pytest.raises(UserError, match=r"is quantised.*unquantised model"):
         card.read(families.describe(tmp_path / "quantised", "Llama", **settings))
 
 

@@ -155,7 +155,9 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *
     try:
         return apply(tokenizer, written(tokenizer, messages), prompt=prompt)
     except TemplateError as error:
-        raise UserError(f"The chat template does not render a system message and a question ({error}). {MEND}") from error
+        raise UserError(
+            f"The chat template does not render a system message and a question ({error}). {MEND}"
+        ) from error
 
 
 def _lead(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

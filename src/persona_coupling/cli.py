@@ -178,7 +178,7 @@ def _planned(arguments: argparse.Namespace, *, start: bool = False) -> tuple[Any
     speeds = progress.Speeds(store.root, settings.device, ratio, stacked=stacked)
     planned = progress.plan(in_order(stages), store, speeds, check=False)
     print(planned.text())
-    if start and study.source in planned.missing and not isinstance(study.source, models.HubModel):
+    if start and study.source in planned.missing and isinstance(study.source, models.WheelModel | models.TinyModel):
         progress.build(progress.plan([study.source], store, speeds), store, settings.device, speeds)
         planned = progress.plan(planned.stages, store, speeds, check=False)
     found = requirements.check(study.profile, study.source, planned.missing, store, settings)

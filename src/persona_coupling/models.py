@@ -172,7 +172,8 @@ def parameters_in(folder: Path) -> int:
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as handle:
             try:
-                header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+                length = int.from_bytes(handle.read(8), "little")
+                header = json.loads(handle.read(min(length, path.stat().st_size)))
             except ValueError as error:
                 raise UserError(f"{path} is no safetensors file. Save the model there again.") from error
         total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")

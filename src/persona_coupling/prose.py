@@ -84,6 +84,21 @@ def compile_paper(profile: str) -> bytes:
     return bytes(made)
 
 
+def carried(card: Mapping[str, Any]) -> str:
+    """How a persona's text reaches the model, in sentences for the method section. Results older than cards were made
+    with templates that have a system role."""
+    chat = card.get("chat", {})
+    how = {
+        "role": "Every prompt carries an explicit system message, so that no chat template can slip in its own.",
+        "turn": "Every prompt carries an explicit system message, so that no chat template can slip in its own; this "
+        "model's template writes it into the first user turn.",
+        "folded": "The model's chat template has no system role: the persona's text stands at the start of the first user "
+        "turn, a blank line before the question, in training as in evaluation.",
+    }[chat.get("carried", "role")]
+    off = " Its template can let the model think before it answers; that is switched off." if chat.get("thinks") else ""
+    return how + off
+
+
 def _minutes(contents: Iterable[dict[str, Any]]) -> float:
     """Minutes of compute behind all experiments; an artifact that several share counts once."""
     stages: dict[str, float] = {}
@@ -135,6 +150,7 @@ def write_index(folder: Path) -> dict[str, Any]:
         "prior": prior,
         "mutations": _mutations(folder / "mutations.json"),
         "card": next((content["card"] for content in experiments.values() if "card" in content), {}),
+        "carried": carried(next((content["card"] for content in experiments.values() if "card" in content), {})),
         "constants": {
             "confidence": stats.CONFIDENCE,
             "resamples": stats.RESAMPLES,
