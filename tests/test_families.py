@@ -21,6 +21,7 @@ from persona_coupling import (
     personas,
     profiles,
     questions,
+    residual,
     train,
     transformer,
 )
@@ -433,3 +434,20 @@ def test_a_template_that_cannot_serve_is_refused(tmp_path, template, said):
     families.retemplate(folder, template)
     with pytest.raises(UserError, match=said):
         card.read(folder)
+
+
+# ------------------------------------------------------------------------------------------------ the residual stream
+
+
+def test_states_are_read_where_the_library_shows_them(lively):
+    """Embeddings too: some families scale them between the table and the first layer."""
+    family, model, reference, _ = lively
+    ids = torch.tensor([list(range(5, 25))])
+    average = torch.full((1, 1, 20), 1 / 20)
+    with torch.inference_mode():
+        shown = reference(input_ids=ids, output_hidden_states=True).hidden_states
+        with residual.recording(model, average) as found:
+            model(input_ids=ids)
+    assert len(shown) == families.LAYERS + 1 == len(found["stream"])
+    for ours, theirs in zip(found["stream"][:-1], shown[:-1], strict=True):  # the library norms the last
+        np.testing.assert_allclose(ours[0, 0], theirs[0].mean(0), rtol=1e-4, atol=1e-4, err_msg=family)

@@ -22,7 +22,8 @@ SITES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # modules th
 @contextmanager
 def recording(model: PreTrainedModel, average: torch.Tensor) -> Iterator[dict[str, list[ndarray]]]:
     """While the body runs one forward: weighted means over tokens, `average` being (rows, positions, tokens), of the
-    embeddings and every layer's output (`stream`) and of what every layer's projections read (`site 0`, `site 1`).
+    embeddings (as the first layer reads them) and every layer's output (`stream`) and of what every layer's projections
+    read (`site 0`, `site 1`).
 
     Raises GuardError unless every hook was attached and called exactly once.
     """
@@ -39,7 +40,8 @@ def recording(model: PreTrainedModel, average: torch.Tensor) -> Iterator[dict[st
 
     base, handles = model.base_model, []
     try:
-        handles.append(base.embed_tokens.register_forward_hook(after))
+        # not the embedding's own output, which some families scale before the first layer
+        handles.append(base.layers[0].register_forward_pre_hook(lambda _module, inputs: keep("stream", inputs[0])))
         for layer in base.layers:
             handles.append(layer.register_forward_hook(after))
             for number, (first, *_) in enumerate(SITES):
