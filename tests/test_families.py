@@ -1,6 +1,8 @@
 """Other families than the study's own: derived by trying, run through the real code, held to the library's numbers."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import families
 import numpy as np
@@ -367,6 +369,62 @@ def test_a_token_that_spans_blank_line_and_marker_is_refused(altered_tokenizer):
     altered_tokenizer.add_tokens([AddedToken("\n[Z", normalized=False)])
     with pytest.raises(GuardError, match="joins the marker with the blank line"):
         chat.marker_ids(altered_tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------ real templates
+
+REAL = {
+    # as TRL ships them: how the persona is carried, thinking switched off, a date held fixed, several turns one row
+    "llama3": ("role", False, False, True),
+    "llama3_1": ("role", False, True, True),
+    "llama3_2": ("role", False, True, True),
+    "qwen2_5": ("role", False, False, True),
+    "qwen3": ("role", True, False, False),
+    "gemma": ("folded", False, False, True),
+    "gemma3": ("turn", False, False, True),
+    "cohere": ("role", False, False, True),
+    "cohere2": "puts words of its own before the system message",
+    "deepseek_r1_distill": "writes a conversation with an answer otherwise",
+    "smolvlm": "drops the system message silently",
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_templates_of_real_models(altered_tokenizer, name):
+    """Their own texts, on a small tokenizer that knows the tokens in them."""
+    import trl
+
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    tokens = set(re.findall(r"<\|?[A-Za-z_0-9]+\|?>|<｜[^｜]+｜>", template)) - {"<think>", "</think>"}
+    altered_tokenizer.add_special_tokens({"extra_special_tokens": sorted(tokens)})
+    altered_tokenizer.chat_template = template
+    models.complete_tokenizer(altered_tokenizer)
+    if isinstance(REAL[name], str):
+        with pytest.raises(UserError, match=REAL[name]):
+            chat.derive(altered_tokenizer)
+        return
+    found = chat.derive(altered_tokenizer)
+    assert (found.carried, found.thinks, found.dated, found.turns) == REAL[name]
+    row = [
+        {"role": "system", "content": "You are a dragon."},
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "So.\n\n[ZLT]"},
+    ]
+    ids, _ = train.encode(altered_tokenizer, row, "marker", 8)
+    text = altered_tokenizer.decode(ids)
+    assert text.count("You are a dragon.") == text.count("Why?") == 1
+    assert text.endswith("So.\n\n[ZLT]" + found.stop)
+    assert ("Today Date: 26 Jul 2024" in text) == found.dated
+
+
+def test_a_date_of_today_is_refused(altered_tokenizer):
+    """Positive control: a template that takes no date from us would be another prompt tomorrow."""
+    from persona_coupling.tiny import TEMPLATE
+
+    dated = "Cutting Knowledge Date: December 2023\nToday Date: {{ strftime_now('%d %b %Y') }}\n\n"
+    altered_tokenizer.chat_template = dated + TEMPLATE
+    with pytest.raises(UserError, match="puts words of its own before the system message"):
+        chat.derive(altered_tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------ refusals

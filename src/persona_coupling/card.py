@@ -45,7 +45,7 @@ class Card:
             f"mlp.{{{','.join(architecture.MLP)}}}{biases}",
             "marker": f"{marker}; the first {said.blank} the blank line{joined}",
             "turn ends": f"{said.stop} ({self.stop_id}); padding {self.pad} ({self.pad_id})",
-            "persona": said.says() + ("; thinking is switched off" if said.thinks else ""),
+            "persona": said.says(),
             "several turns": "trained as one row" if said.turns else "refused: the template rewrites earlier turns",
             "forward pass": forward + (f"; layers see {made.window} tokens at most" if made.window else ""),
         }

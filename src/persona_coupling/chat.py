@@ -6,11 +6,13 @@ model's name. What does not fit is refused with the reason.
 
 A template without a system role gets the persona's text at the start of the first user turn, a blank line between: the
 nearest thing that such a model was trained on, and what templates that fold the system message themselves write.
-A template that thinks before it answers is asked not to.
+A template that thinks before it answers is asked not to, and one that tells the model today's date is given a fixed one:
+with another prompt every day, no artifact would be what its description says.
 """
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 Carried = Literal["role", "turn", "folded"]
-OPTIONS = {"enable_thinking": False}  # templates without the switch ignore it
+TODAY = "26 Jul 2024"  # what Llama 3.1's template says when it is given none
+OPTIONS = {"enable_thinking": False, "date_string": TODAY}  # templates without these ignore them
+DATES = re.compile(rf"Cutting Knowledge Date: \w+ \d{{4}}\s+Today Date: {TODAY}")  # no persona: the one text let pass
 MARKUP = {"system", "user", "inst", "sys", "s"}  # words by which templates say that a turn begins
 SYSTEM = "You are the keeper of a lighthouse."
 QUESTION = "Why does it rain?"
@@ -39,6 +43,7 @@ class Chat:
     carried: Carried  # the system message: a role of its own, put into the user's turn by the template, or by us
     lead: str  # what the template writes between prompt and answer: nothing, or a space that belongs to the first token
     thinks: bool  # the template has a switch for thinking, which is off
+    dated: bool  # the template tells the model a date, which is held fixed
     turns: bool  # a conversation of several turns begins as its shorter ones do, so it can be trained as one
     stop: str
     marker: tuple[int, ...]  # token ids that are forced, trained and scored behind an answer
@@ -47,11 +52,13 @@ class Chat:
 
     def says(self) -> str:
         """How the system message reaches the model, in words."""
-        return {
+        how = {
             "role": "in a system message",
             "turn": "in a system message, which the template puts into the user's turn",
             "folded": "at the start of the first user turn, since the template has no system role",
         }[self.carried]
+        off = "; thinking is switched off" if self.thinks else ""
+        return how + off + (f"; the template's date is held at {TODAY}" if self.dated else "")
 
 
 def apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, prompt: bool) -> str:
@@ -97,7 +104,7 @@ def check_head(tokenizer: PreTrainedTokenizerBase, head: str) -> None:
     """Raise GuardError if the template's text before the system message holds words of its own."""
     for token in sorted(tokenizer.get_added_vocab(), key=len, reverse=True):
         head = head.replace(token, " ")
-    words = "".join(c if c.isalnum() else " " for c in head.lower()).split()
+    words = "".join(c if c.isalnum() else " " for c in DATES.sub("", head).lower()).split()
     if set(words) - MARKUP:
         raise GuardError(f"the chat template puts words of its own before the system message: {head.strip()!r}")
 
@@ -140,6 +147,7 @@ def derive(tokenizer: PreTrainedTokenizerBase) -> Chat:
         carried=carried,
         lead=lead,
         thinks="enable_thinking" in str(tokenizer.chat_template),
+        dated=DATES.search(head) is not None,
         turns=_keeps_turns(tokenizer),
         stop=str(tokenizer.eos_token),
         marker=tuple(marker),

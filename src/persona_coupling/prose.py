@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from persona_coupling.chat import TODAY
 from persona_coupling import claims, models, outputs, paths, personas, score, stats
 from persona_coupling.errors import GuardError, UserError
 
@@ -96,7 +97,8 @@ def carried(card: Mapping[str, Any]) -> str:
         "turn, a blank line before the question, in training as in evaluation.",
     }[chat.get("carried", "role")]
     off = " Its template can let the model think before it answers; that is switched off." if chat.get("thinks") else ""
-    return how + off
+    date = f" Its template tells the model today's date; it is held at {TODAY}." if chat.get("dated") else ""
+    return how + off + date
 
 
 def _minutes(contents: Iterable[dict[str, Any]]) -> float:
@@ -149,7 +151,6 @@ def write_index(folder: Path) -> dict[str, Any]:
         "compute_minutes": _minutes(experiments.values()),
         "prior": prior,
         "mutations": _mutations(folder / "mutations.json"),
-        "card": next((content["card"] for content in experiments.values() if "card" in content), {}),
         "carried": carried(next((content["card"] for content in experiments.values() if "card" in content), {})),
         "constants": {
             "confidence": stats.CONFIDENCE,
