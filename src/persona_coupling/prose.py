@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from persona_coupling.chat import TODAY
 from persona_coupling import claims, models, outputs, paths, personas, score, stats
+from persona_coupling.chat import TODAY
 from persona_coupling.errors import GuardError, UserError
 
 README_BEGINS = "<!-- headline: written by `nox -s paper` from the verdicts; do not edit by hand -->"
