@@ -353,7 +353,7 @@ def test_the_record_carries_the_card_and_parts_must_agree(tmp_path):
         ({"carried": "role"}, "explicit system message, so that no chat template can slip in its own."),
         ({"carried": "turn"}, "this model's template writes it into the first user turn."),
         ({"carried": "folded"}, "has no system role: the persona's text stands at the start of the first user turn"),
-        ({"carried": "role", "dated": True}, "tells the model today's date; it is held at 26 Jul 2024."),
+        ({"carried": "role", "dated": True}, "tells the model a date, which is held fixed."),
         ({"carried": "role", "thinks": True}, "think before it answers; that is switched off."),
     ],
 )

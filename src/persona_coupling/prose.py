@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from persona_coupling import claims, models, outputs, paths, personas, score, stats
-from persona_coupling.chat import TODAY
 from persona_coupling.errors import GuardError, UserError
 
 README_BEGINS = "<!-- headline: written by `nox -s paper` from the verdicts; do not edit by hand -->"
@@ -97,7 +96,7 @@ def carried(card: Mapping[str, Any]) -> str:
         "turn, a blank line before the question, in training as in evaluation.",
     }[chat.get("carried", "role")]
     off = " Its template can let the model think before it answers; that is switched off." if chat.get("thinks") else ""
-    date = f" Its template tells the model today's date; it is held at {TODAY}." if chat.get("dated") else ""
+    date = " Its template tells the model a date, which is held fixed." if chat.get("dated") else ""
     return how + off + date
 
 
