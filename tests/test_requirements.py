@@ -150,6 +150,15 @@ def test_the_declared_shape_is_the_models_own(tmp_path):
     assert not found.departs
 
 
+def test_an_undeclared_shape_leaves_stored_profiles_as_they_were():
+    """Experiments run before and after shapes were declared must still join in one paper."""
+    assert set(profiles.load("quick").as_dict()["model"]) == {
+        *("kind", "name", "distribution", "version", "sha256", "repository", "revision", "path", "family"),
+        *("layers", "width"),
+    }
+    assert profiles.load("qwen2.5-7b").as_dict()["model"]["key_width"] == 512
+
+
 def test_free_memory_is_a_number_of_bytes():
     assert 1e8 < memory.free("cpu") < 1e14
     assert memory.capacity("cpu") == float("inf")

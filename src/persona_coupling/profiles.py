@@ -35,6 +35,9 @@ class ModelValues:
     key_width: int = 0
 
 
+SHAPE = ("parameters", "inner", "vocabulary", "key_width")
+
+
 @dataclass(frozen=True)
 class LoraValues:
     """See `train.Lora`."""
@@ -129,8 +132,10 @@ class Profile:
     gates: GateValues
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return _jsonable(dataclasses.asdict(self))
+        """Plain JSON values; a shape that is not declared is left out, as in results older than shapes."""
+        made: dict[str, Any] = _jsonable(dataclasses.asdict(self))
+        made["model"] = {name: value for name, value in made["model"].items() if value or name not in SHAPE}
+        return made
 
 
 def _jsonable(value: Any) -> Any:
