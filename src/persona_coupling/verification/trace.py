@@ -73,6 +73,10 @@ def sources(profile: str) -> Sources:
     index = json.loads((paths.generated(profile) / "index.json").read_text(encoding="utf-8"))
     for number in computed(index):
         made.numbers |= {fixed(number, 0), fixed(number, 1)}
+    noise = paths.generated(profile) / "noise_floor.json"
+    if noise.is_file():  # rates, which the reproducibility statement prints as points
+        measured = json.loads(noise.read_text(encoding="utf-8"))
+        made.numbers |= {fixed(100 * value, 1) for value in measured.values() if isinstance(value, float)}
     made.numbers |= {fixed(math.floor(math.log10(abs(x)) + 1e-9), 0) for x in _leaves(index["profile"]) if _small(x)}
     made.numbers |= {"10"} | {f"{x / 10 ** math.floor(math.log10(x) + 1e-9):.3g}" for x in _leaves(index) if _small(x)}
     return made
