@@ -68,8 +68,14 @@ def reproduce(session: nox.Session) -> None:
 
 @nox.session
 def plan(session: nox.Session) -> None:
-    """What `reproduce` would run: cached and missing cells, minutes, disk. Same options."""
+    """What `reproduce` would run: cached and missing cells, minutes, disk. Same options; also -- --cells."""
     command(session, "plan")
+
+
+@nox.session
+def clean(session: nox.Session) -> None:
+    """Remove artifacts that nothing refers to, after showing them: -- --stale [--yes]. Without, it explains itself."""
+    command(session, "clean")
 
 
 @nox.session

@@ -47,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         command.add_argument("--model", default="", help="another model: a folder, or owner/name@revision of the hub")
         command.add_argument("--anyway", action="store_true", help="start although something seems not to fit")
+        if name == "plan":
+            command.add_argument("--cells", action="store_true", help="a row per cell: cached, stale and why, or new")
         if name == "cells":
             command.add_argument("--into", default="", help="a folder for the tables instead of the experiments' own")
             command.add_argument(
@@ -59,6 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
         _common(commands.add_parser(name, help=what))
         if name == "paper":
             commands.choices[name].add_argument("--notes", action="store_true", help="execute the lab notes again too")
+    cleaning = commands.add_parser("clean", help="remove artifacts that no design and no stored result refers to")
+    cleaning.add_argument("--stale", action="store_true", help="show them and ask; without it nothing is done")
+    cleaning.add_argument("--yes", action="store_true", help="do not ask")
+    cleaning.add_argument("--seeds", default="", help="seeds of a run without stored results, to be kept, e.g. 7,8")
+    cleaning.add_argument("--model", default="", help="a model of a run without stored results, to be kept")
     _common(commands.add_parser("kit", help="write REVIEWERS.md's claims, codecheck.yml and RO-Crate metadata again"))
     website.add_arguments(commands.add_parser("notes", help="write the lab notes' site"))
     _verifying(commands)
@@ -144,11 +151,14 @@ def _evidence() -> str | None:
 
 
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"profile": profile_name(arguments.profile), "seeds": _seeds(arguments.seeds), "model": arguments.model}
+
+
+def _seeds(text: str) -> list[int]:
     try:
-        seeds = [int(part) for part in arguments.seeds.split(",") if part.strip()]
+        return [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise UserError(f"--seeds {arguments.seeds}: give integers with commas, e.g. 0,1,2.") from error
-    return {"profile": profile_name(arguments.profile), "seeds": seeds, "model": arguments.model}
+        raise UserError(f"--seeds {text}: give integers with commas, e.g. 0,1,2.") from error
 
 
 def _planned(arguments: argparse.Namespace, *, start: bool = False) -> tuple[Any, ...]:
@@ -167,9 +177,9 @@ def _planned(arguments: argparse.Namespace, *, start: bool = False) -> tuple[Any
     settings = machine()
     print(f"profile {study.profile.name}: {study.profile.description}")
     print(f"model {study.profile.model.name} on {settings.device} in {settings.dtype_name}; seeds {list(study.seeds)}")
-    stages = []
+    stages, designs = [], {}
     for experiment in experiments:
-        design = notebooks.design_of(experiment, parameters)
+        design = designs[experiment.name] = notebooks.design_of(experiment, parameters)
         print(f"  {experiment.name}: {len(design.cells)} cells")
         stages += design.stages()
     store = Store(paths.artifacts())
@@ -178,6 +188,17 @@ def _planned(arguments: argparse.Namespace, *, start: bool = False) -> tuple[Any
     speeds = progress.Speeds(store.root, settings.device, ratio, stacked=stacked)
     planned = progress.plan(in_order(stages), store, speeds, check=False)
     print(planned.text())
+    if getattr(arguments, "cells", False):
+        from persona_coupling import staleness, upkeep
+
+        def megabytes(stage: Any) -> float:
+            return progress.megabytes_of(stage, ratio)
+
+        print(
+            staleness.text(
+                staleness.rows(designs, planned, store, speeds, elsewhere=upkeep.referred, megabytes=megabytes)
+            )
+        )
     if start and study.source in planned.missing and isinstance(study.source, models.WheelModel | models.TinyModel):
         progress.build(progress.plan([study.source], store, speeds), store, settings.device, speeds)
         planned = progress.plan(planned.stages, store, speeds, check=False)
@@ -193,6 +214,15 @@ def _planned(arguments: argparse.Namespace, *, start: bool = False) -> tuple[Any
 def plan(arguments: argparse.Namespace) -> None:
     """Say what would run."""
     _planned(arguments)
+
+
+def clean(arguments: argparse.Namespace) -> None:
+    """Remove what nothing refers to, after showing it."""
+    from persona_coupling import upkeep
+    from persona_coupling.store import Store
+
+    store, seeds = Store(paths.artifacts()), _seeds(arguments.seeds)
+    upkeep.clean(store, stale=arguments.stale, yes=arguments.yes, seeds=seeds, model=arguments.model)
 
 
 def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[notebooks.Experiment, ...]]:
@@ -414,6 +444,7 @@ COMMANDS = {
     "cells": cells,
     "combine": _alone(combine),
     "plan": plan,
+    "clean": clean,
     "paper": _alone(paper),
     "claims": print_stored_claims,
     "kit": _alone(write_kit),

@@ -13,24 +13,31 @@ from typing import Any
 
 import pandas as pd
 
+from persona_coupling import received, untrusted
 from persona_coupling.errors import UserError
 from persona_coupling.store import sha256_of
 from persona_coupling.study import Results, read_table
 
 
 def read(folder: Path) -> Results:
-    """A part as it was written. Raises UserError when it is absent or a table differs from its record."""
+    """A part as it was written. Raises UserError when it is absent, a table differs from its record, a name leads out of
+    the folder, or the part is not what its own record says (`received.check`)."""
     path = folder / "record.json"
     if not path.is_file():
         raise UserError(f"There are no results in {folder}.")
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = untrusted.read_json(path)
+    if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
+        raise UserError(f"{path} is no record of results: it names no files.")
     tables = {}
     for name, recorded in record["files"].items():
-        table = folder / f"{name}.parquet"
+        table = untrusted.table_path(folder, name)
         if not table.is_file() or sha256_of(table) != recorded:
             raise UserError(f"{table} differs from its record. Copy that part again.")
+        untrusted.check_table(table)
         tables[name] = read_table(table)
-    return Results(tables, record)
+    results = Results(tables, record)
+    received.check(results, folder)
+    return results
 
 
 def combine(parts: Sequence[Results]) -> Results:

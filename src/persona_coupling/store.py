@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 from filelock import FileLock, Timeout
 
-from persona_coupling import paths, provenance
+from persona_coupling import paths, provenance, untrusted
 from persona_coupling.errors import CorruptArtifact, UserError
 
 MANIFEST = "manifest.json"
@@ -62,10 +62,15 @@ def code_fingerprint(*modules: str) -> str:
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(module)
-        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-        _strip_docstrings(tree)
-        digest.update(f"{module}\n{ast.dump(tree)}\n".encode())
+        digest.update(f"{module}\n{_logic(Path(spec.origin).read_text(encoding='utf-8'))}\n".encode())
     return digest.hexdigest()[:KEY_LENGTH]
+
+
+@cache
+def _logic(source: str) -> str:
+    tree = ast.parse(source)
+    _strip_docstrings(tree)
+    return ast.dump(tree)
 
 
 @cache
@@ -138,6 +143,14 @@ class Stage:
         code = [class_fingerprint(inspect.getfile(type(self)), type(self).__name__), code_fingerprint(*self.code)]
         code += [sha256_of(paths.MATERIAL / name)[:KEY_LENGTH] for name in self.material]
         return {"kind": self.kind, "type": type(self).__name__, "code": code, **fields}
+
+    def made_of(self) -> dict[str, str]:
+        """Fingerprints by name of all that `code` in the description stands for, so that a change can be named: the
+        class itself, every module, every file of material. Kept in the manifest, part of no key."""
+        own = class_fingerprint(inspect.getfile(type(self)), type(self).__name__)
+        modules = {module: code_fingerprint(module) for module in self.code}
+        material = {f"material/{name}": sha256_of(paths.MATERIAL / name)[:KEY_LENGTH] for name in self.material}
+        return {f"class {type(self).__name__}": own, **modules, **material}
 
     @cached_property
     def key(self) -> str:
@@ -219,7 +232,8 @@ class Store:
             named, described = manifest["key"], manifest["description"]
             if not all(isinstance(f["bytes"], int) and f["sha256"] for f in manifest["files"].values()):
                 raise ValueError("a file without size or hash")
-        except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
+            untrusted.check_files(path.parent, manifest["files"], MANIFEST)
+        except (AttributeError, OSError, RecursionError, ValueError, KeyError, TypeError) as error:
             raise CorruptArtifact(f"{path} cannot be read ({error}). {self._remedy(stage)}") from error
         if named != stage.key or described != json.loads(canonical_json(stage.description)):
             raise CorruptArtifact(f"{path} describes another artifact than {stage}. {self._remedy(stage)}")
@@ -240,6 +254,7 @@ class Store:
                     raise CorruptArtifact(f"{path} is missing. {self._remedy(stage)}")
                 if path.stat().st_size != recorded["bytes"] or sha256_of(path) != recorded["sha256"]:
                     raise CorruptArtifact(f"{path} differs from its manifest. {self._remedy(stage)}")
+            untrusted.check_pointer(folder, stage.description)
             self._verified.add(stage.key)
         return folder
 
@@ -320,6 +335,7 @@ class Store:
             "kind": stage.kind,
             "key": stage.key,
             "description": stage.description,
+            "made_of": stage.made_of(),
             "files": files,
             "provenance": {**provenance.record(lab.device), "seconds": round(seconds, 3), **(notes or {})},
         }

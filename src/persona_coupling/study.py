@@ -21,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 
-from persona_coupling import card, models, paths, personas, profiles, provenance, score, values
+from persona_coupling import card, models, paths, personas, profiles, provenance, score, untrusted, values
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.generate import Sampling
@@ -111,6 +111,8 @@ class Study:
 
     def __init__(self, profile: Profile, *, lab: Lab | None = None, model: str | None = None) -> None:
         check_seeds(profile.seeds)
+        if profile.model.kind == "local" and not model:
+            untrusted.check_model(Path(profile.model.path))
         self.profile = _with_model(profile, model) if model else profile
         self._lab = lab
 
@@ -295,6 +297,7 @@ def _with_model(profile: Profile, model: str) -> Profile:
     folder = Path(model)
     if folder.is_dir() or model.startswith((".", "/", "~")):
         folder = folder.expanduser()
+        untrusted.check_model(folder)
         models.local_model(folder)  # refuse it now, before anything runs
         size = models.parameters_in(folder)
         values = profiles.ModelValues(kind="local", name=folder.name, path=str(folder.resolve()), parameters=size)
@@ -367,7 +370,7 @@ class Results:
             raise UserError(f"There are no stored results in {folder}. {again}")
         record = json.loads(path.read_text(encoding="utf-8"))
         for name, recorded in record["files"].items():
-            path = folder / f"{name}.parquet"
+            path = untrusted.table_path(folder, name)
             if not path.is_file() or sha256_of(path) != recorded:
                 raise UserError(f"{path} differs from its record. Restore it, or: {again}")
         # thresholds and words are applied to stored observations as they are today; all else made them

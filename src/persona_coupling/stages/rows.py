@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from persona_coupling import corpora, personas, questions
+from persona_coupling import corpora, personas, questions, untrusted
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.generate import Sampling
@@ -57,9 +57,10 @@ class FromFile(Stage):
 
 
 def from_file(path: Path) -> FromFile:
-    """Describe a JSONL file. Raises UserError if there is none."""
+    """Describe a JSONL file. Raises UserError if there is none, or for one that `untrusted.check_dataset` refuses."""
     if not path.is_file():
         raise UserError(f"There is no file {path}. Give the path of a JSONL file of messages.")
+    untrusted.check_dataset(path)
     return FromFile(sha256_of(path), str(path))
 
 

@@ -1,0 +1,226 @@
+"""Keeping the store small: what nothing refers to any more is shown, and removed when that is asked for.
+
+An artifact is referred to by the design of any experiment under any profile that is shipped, with the profile's seeds and
+those of stored results, and by the record of any stored result. What is left over was made by other code, other values,
+or for seeds and models of which no results were kept.
+
+Every removal holds the artifact's lock, and renames before it deletes: a kill leaves a temporary folder, never half an
+artifact.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from persona_coupling import notebooks, profiles, untrusted
+from persona_coupling.errors import UserError
+from persona_coupling.store import KEY_LENGTH, MANIFEST, Store
+
+KEY = re.compile(rf"[0-9a-f]{{{KEY_LENGTH}}}")
+TEMPORARY = re.compile(rf"\.([0-9a-f]{{{KEY_LENGTH}}})\..+")
+EXPLANATION = """`nox -s clean -- --stale` shows which artifacts no design and no stored result refers to, with their sizes,
+asks, and removes them; `--yes` does not ask. Temporary folders of writers that died, and lock files that nobody holds, go too.
+`--seeds 7,8` and `--model FOLDER` name a run of which no results are stored yet: its artifacts are kept.
+Nothing was removed."""
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A folder that nothing refers to: an artifact, or a temporary one of a dead writer."""
+
+    path: Path
+    key: str
+    what: str
+    bytes: int
+
+
+@dataclass
+class Leftovers:
+    """What can be removed from a store, and what is left alone because somebody holds its lock."""
+
+    stale: list[Leftover] = field(default_factory=list)
+    temporary: list[Leftover] = field(default_factory=list)
+    locks: list[Path] = field(default_factory=list)
+    held: list[str] = field(default_factory=list)  # keys
+    kept: int = 0
+
+    def text(self) -> str:
+        """For people: every folder with its size."""
+        lines = [
+            f"  {_megabytes(left.bytes):>10}  {left.path.parent.name}/{left.path.name}  {left.what}"
+            for left in (*self.stale, *self.temporary)
+        ]
+        total = sum(left.bytes for left in (*self.stale, *self.temporary))
+        lines.append(
+            f"  {len(self.stale)} artifacts that nothing refers to, {len(self.temporary)} temporary folders, "
+            f"{len(self.locks)} unused lock files: {_megabytes(total)}. {self.kept} artifacts are referred to."
+        )
+        return "\n".join(lines)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MB"
+
+
+# ------------------------------------------------------------------------------------------------ references
+
+
+def referred(seeds: list[int] | None = None, model: str = "") -> set[str]:
+    """Keys of all artifacts that a shipped design or a stored result refers to, and of a run with other seeds or another
+    model if these are given. Raises UserError when a design or a record cannot be read: then nobody knows."""
+    experiments = notebooks.discover()
+    runs: set[tuple[str, str, str, tuple[int, ...]]] = set()  # experiment, profile, model, seeds
+    keys: set[str] = set()
+    for experiment in experiments:
+        runs |= {(experiment.name, name, "", ()) for name in profiles.names()}
+        if seeds or model:
+            runs |= {(experiment.name, name, model, tuple(seeds or ())) for name in profiles.names()}
+        for path in sorted((experiment.folder / "results").glob("*/record.json")):
+            stored = _record(path)
+            keys |= {str(key) for key in stored["stages"]}
+            if path.parent.name in profiles.names():
+                runs.add((experiment.name, path.parent.name, "", tuple(stored["profile"]["seeds"])))
+    by_name = {experiment.name: experiment for experiment in experiments}
+    for name, profile, other, chosen in sorted(runs):
+        parameters = {"profile": profile, "seeds": list(chosen), "model": other}
+        keys |= {stage.key for stage in notebooks.design_of(by_name[name], parameters).stages()}
+    return keys
+
+
+def _record(path: Path) -> dict[str, Any]:
+    record = untrusted.read_json(path)
+    try:
+        seeds, stages = record["profile"]["seeds"], record["stages"]
+        if not all(type(seed) is int for seed in seeds) or not isinstance(stages, dict):
+            raise ValueError("seeds or stages")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not say what its results rest on ({error}); nothing was removed.") from error
+    return dict(record)
+
+
+# ------------------------------------------------------------------------------------------------- leftovers
+
+
+def leftovers(store: Store, keys: set[str]) -> Leftovers:
+    """What of a store `keys` do not name; looks only, and skips what is locked."""
+    found = Leftovers()
+    for path in sorted(store.root.glob("*/*")):
+        if path.is_symlink() or not path.is_dir() or path.parent.name == "locks" or path.parent.is_symlink():
+            continue
+        temporary = TEMPORARY.fullmatch(path.name)
+        key = temporary.group(1) if temporary else path.name
+        if not KEY.fullmatch(key) or not (temporary or _is_artifact(path)):
+            continue  # not ours
+        if not temporary and key in keys:
+            found.kept += 1
+        elif _held(store, key):
+            found.held.append(key)
+        elif temporary:
+            found.temporary.append(Leftover(path, key, "temporary folder of a writer that is gone", _size(path)))
+        else:
+            found.stale.append(Leftover(path, key, _what(path), _size(path)))
+    for path in sorted((store.root / "locks").glob("*.lock")):
+        if _held(store, path.stem):
+            found.held.append(path.stem)
+        elif KEY.fullmatch(path.stem):
+            found.locks.append(path)
+    found.held = sorted(set(found.held))
+    return found
+
+
+def _is_artifact(path: Path) -> bool:
+    """Whether a folder's manifest says that it is this very artifact."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return (manifest["kind"], manifest["key"]) == (path.parent.name, path.name)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _what(path: Path) -> str:
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    described, made = manifest.get("description", {}), manifest.get("provenance", {}).get("made", "")
+    seed = f", seed {described['seed']}" if "seed" in described else ""
+    return f"{described.get('type', '')}{seed}, made {made[:10] or 'at an unknown time'}"
+
+
+def _size(path: Path) -> int:
+    return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+
+
+def _lock(store: Store, key: str) -> Path:
+    return store.root / "locks" / f"{key}.lock"
+
+
+@contextmanager
+def _holding(store: Store, key: str) -> Iterator[bool]:
+    """Hold an artifact's lock inside; yields whether it could be had."""
+    _lock(store, key).parent.mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(_lock(store, key)).acquire(timeout=0))
+        except Timeout:
+            yield False
+            return
+        yield True
+
+
+def _held(store: Store, key: str) -> bool:
+    if not _lock(store, key).exists():
+        return False
+    with _holding(store, key) as free:
+        return not free
+
+
+def remove(found: Leftovers, store: Store) -> int:
+    """Remove them, each under its lock; returns the bytes that were freed. What somebody has locked meanwhile stays."""
+    freed = 0
+    for left in (*found.stale, *found.temporary):
+        with _holding(store, left.key) as free:
+            if free and left.path.exists():
+                doomed = left.path
+                if not TEMPORARY.fullmatch(doomed.name):  # gone as a whole, whatever happens to us
+                    doomed = doomed.rename(doomed.parent / f".{left.key}.{os.getpid()}")
+                shutil.rmtree(doomed)
+                freed += left.bytes
+    for path in dict.fromkeys((*found.locks, *(_lock(store, left.key) for left in (*found.stale, *found.temporary)))):
+        with _holding(store, path.stem) as free:
+            if free:  # whoever opened the file before this looks whether it is still there, and opens a new one
+                path.unlink(missing_ok=True)
+    return freed
+
+
+def clean(store: Store, *, stale: bool, yes: bool, seeds: list[int] | None = None, model: str = "") -> None:
+    """The command. Without `stale` it explains itself. Raises UserError while any lock is held: a run that is under way
+    may have made artifacts for seeds or a model that no design names."""
+    if not stale:
+        print(EXPLANATION)
+        return
+    found = leftovers(store, referred(seeds, model))
+    print(found.text())
+    if found.held:
+        raise UserError(
+            f"Another process is making {', '.join(found.held[:3])}; what it made before may be among these. Nothing was "
+            "removed: run again when it is done."
+        )
+    if not (found.stale or found.temporary or found.locks):
+        return
+    if not yes:
+        if not sys.stdin.isatty():
+            print("Nothing was removed: there is nobody to ask. Add --yes to remove these.")
+            return
+        if input(f"Remove them from {store.root}? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("Nothing was removed.")
+            return
+    print(f"{_megabytes(remove(found, store))} freed in {store.root}.")
