@@ -68,6 +68,7 @@ def test_where_a_local_model_lies_does_not_matter():
 
 def test_what_is_written_is_read_and_damage_is_named(tmp_path):
     made = part(0)
+    made.record["cells"], made.record["observed"] = [], ["A", "B"]  # observations alone; cells: test_untrusted
     made.save(tmp_path)
     again = evidence.read(tmp_path)
     pd.testing.assert_frame_equal(again["scan"], made["scan"], rtol=1e-6)

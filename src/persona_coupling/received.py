@@ -65,9 +65,9 @@ def _answers(
     table: pd.DataFrame, record: dict[str, Any], cells: set[tuple[str, int]], keys: list[str]
 ) -> Iterator[str]:
     """Every cell has every persona, question and sample once."""
-    asked, instruction = record["profile"]["evaluation"], record["profile"]["instruction"]
+    asked = record["profile"]["evaluation"]
     bank = {question.id: question.text for question in questions.eval_questions(asked["everyday"], asked["values"])}
-    people = {persona.id: persona.system_prompt(instruction) for persona in personas.personas()}
+    people = {persona.id: persona.prompt for persona in personas.personas()}
     wanted = pd.MultiIndex.from_product([list(people), list(bank), range(asked["samples"])][: len(keys)])
     name = "completions" if "sample" in keys else "fixed"
     groups = dict(list(table.groupby(["condition", "seed"], sort=False))) if len(table) else {}
@@ -87,7 +87,12 @@ def _answers(
             yield f"{where}: {strange[0]} was not asked ({len(strange)} in all)"
         if "sample" not in keys:
             continue
-        if (part["system"] != part["persona"].map(people)).any():
+        added = {
+            system.removeprefix(people[who]).strip() if system.startswith(people[who]) else None
+            for who, system in zip(part["persona"], part["system"], strict=True)
+            if who in people
+        }
+        if None in added or len(added) > 1:  # an experiment may leave out the profile's instruction, for a whole cell
             yield f"{where}: answers under another system prompt than their persona's"
         if (part["prompt"] != part["question"].map(bank)).any():
             yield f"{where}: a question in other words"

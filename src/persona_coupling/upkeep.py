@@ -30,7 +30,7 @@ from persona_coupling.store import KEY_LENGTH, MANIFEST, Store
 KEY = re.compile(rf"[0-9a-f]{{{KEY_LENGTH}}}")
 TEMPORARY = re.compile(rf"\.([0-9a-f]{{{KEY_LENGTH}}})\..+")
 EXPLANATION = """`nox -s clean -- --stale` shows which artifacts no design and no stored result refers to, with their sizes,
-asks, and removes them; `--yes` does not ask. Temporary folders of writers that died, and lock files that nobody holds, go too.
+asks, and removes them; `--yes` does not ask. Temporary folders of writers that died and unused lock files go too.
 `--seeds 7,8` and `--model FOLDER` name a run of which no results are stored yet: its artifacts are kept.
 Nothing was removed."""
 
