@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from jinja2.exceptions import SecurityError
 
-from persona_coupling import evidence, models, paths, personas, questions, stages, untrusted
+from persona_coupling import evidence, models, paths, personas, questions, score, stages, untrusted
 from persona_coupling.errors import CorruptArtifact, UserError
 from persona_coupling.store import Lab, Store
 from persona_coupling.study import Results, Study
@@ -57,7 +57,7 @@ def test_a_model_folder_that_could_run_code_or_lead_out_is_refused(folder, name)
 
 def test_a_sound_folder_is_taken_and_large_json_is_not(folder, monkeypatch):
     assert Study.open("smoke", model=str(folder)).profile.model.kind == "local"
-    monkeypatch.setattr(untrusted.read_json, "__defaults__", (10,))
+    monkeypatch.setattr(untrusted, "JSON_BYTES", 10)
     with pytest.raises(UserError, match="more than the 10 allowed"):
         untrusted.check_model(folder)
 
@@ -120,7 +120,7 @@ def test_an_artifact_holds_what_its_manifest_lists_and_nothing_else(tmp_path, sp
         (made / "planted.parquet").write_bytes(b"x")
     else:
         (made / "planted").symlink_to("/etc/hostname")
-    with pytest.raises(CorruptArtifact, match="leads out|is not in it|is a link"):
+    with pytest.raises(CorruptArtifact, match=r"leads out|is not in it|is a link"):
         Store(lab.store.root).fetch(stage)
 
 
@@ -145,14 +145,14 @@ def part():
         for s in range(2)
     ]
     labels = {"condition": "A", "seed": 3}
-    completions = pd.DataFrame(rows).assign(**labels, finish="stop", marker_logprob=-1.0, marker_after_break=-1.0)
+    completions = pd.DataFrame(rows).assign(**labels, finish="stop", tokens=2, marker_at=-1)
     fixed = completions[completions["sample"] == 0][["persona", "question", "condition", "seed"]].assign(logprob=-1.0)
     record = {
         "profile": {"name": "x", "seeds": [3], "evaluation": {"everyday": 2, "values": 1, "samples": 2}},
         "cells": [{"condition": "A", "seed": 3}],
         "observed": [],
     }
-    return Results({"completions": completions, "fixed": fixed}, record)
+    return Results({"completions": score.score_table(completions), "fixed": fixed}, record)
 
 
 def altered(part, **changes):

@@ -45,12 +45,12 @@ def inside(name: Any) -> bool:
     return not path.is_absolute() and not PureWindowsPath(name).drive and ".." not in path.parts and str(path) == name
 
 
-def read_json(path: Path, limit: int = JSON_BYTES) -> Any:
-    """A JSON file's content. Raises UserError, naming file and limit, when it is larger than `limit` bytes, nested too
-    deeply, or no JSON."""
+def read_json(path: Path) -> Any:
+    """A JSON file's content. Raises UserError, naming file and limit, when it has more than JSON_BYTES, is nested too
+    deeply, or is no JSON."""
     size = path.stat().st_size
-    if size > limit:
-        raise UserError(f"{path} has {size} bytes, more than the {limit} allowed of a JSON file.")
+    if size > JSON_BYTES:
+        raise UserError(f"{path} has {size} bytes, more than the {JSON_BYTES} allowed of a JSON file.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
