@@ -33,8 +33,10 @@ from persona_coupling.stages import (
     Rescaled,
     Snapshot,
     Truncated,
+    Twin,
     UltraChat,
     measurement,
+    twin,
 )
 from persona_coupling.stages.behaviours import BehaviourEvaluate, FactText, KnownFacts, MannerText
 from persona_coupling.stages.dose import Drift, Mixed
@@ -69,6 +71,7 @@ EXAMPLES = [
     FineTune(START, ROWS, TRAINING, 0),
     MergeCheck(START),
     Snapshot(FineTune(START, ROWS, TRAINING, 0), 1),
+    Twin(START, ROWS, TRAINING, 0),
     RandomLike(FineTune(START, ROWS, TRAINING, 0), 0),
     Part(FineTune(START, ROWS, TRAINING, 0), FineTune(START, ROWS, TRAINING, 1), "inside"),
     Rescaled(FineTune(START, ROWS, TRAINING, 0), FineTune(START, ROWS, TRAINING, 1)),
@@ -578,3 +581,23 @@ def test_9_two_changes_with_the_same_bytes(tiny, lab, smoke):
     study.collect(Design([cell("A", Checkpoint(tiny))], contents[:1]), smoke, lab)
     with pytest.raises(GuardError, match="described differently but are identical"):
         study.collect(Design([cell("A", Checkpoint(tiny))], contents), smoke, lab)
+
+
+def test_a_twin_is_the_same_chain_under_other_names():
+    """Each training of the chain again, upon the twin of what stood before it; same rows, settings and seed."""
+    first = Checkpoint(SOURCE).merge(FineTune(Checkpoint(SOURCE), ROWS, TRAINING, 0))
+    chain = first.merge(FineTune(first, ROWS, TRAINING, 3))
+    again = twin(chain)
+    one, two = (merged.change for merged in again.merged)
+    assert (one.rows, one.training, one.seed, one.start) == (ROWS, TRAINING, 0, Checkpoint(SOURCE))
+    assert (two.seed, two.start) == (3, Checkpoint(SOURCE).merge(one))
+    assert {one.key, two.key}.isdisjoint(merged.change.key for merged in chain.merged)
+
+
+def test_what_was_added_and_not_trained_has_no_twin():
+    elsewhere = FineTune(Checkpoint(SOURCE), ROWS, TRAINING, 1)
+    first = Checkpoint(SOURCE).merge(FineTune(Checkpoint(SOURCE), ROWS, TRAINING, 0))
+    with pytest.raises(ValueError, match="was not trained on what stands before it"):
+        twin(first.merge(elsewhere))
+    with pytest.raises(ValueError, match="was not trained"):
+        twin(Checkpoint(SOURCE).merge(RandomLike(elsewhere, 0)))
