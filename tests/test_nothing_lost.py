@@ -53,10 +53,16 @@ def drawn():
     return figure
 
 
+def paper(folder, size):
+    with outputs.replaced(folder / "paper.pdf") as place:  # as `build_paper` does
+        place.write_bytes(b"%PDF" * size)
+
+
 WRITERS = {
     "results": lambda folder, size: results(size).save(folder),
     "figures": lambda folder, size: figures.save(drawn(), folder, "a", pd.DataFrame({"x": range(size)}), ""),
     "tables": lambda folder, size: tables.save(pd.DataFrame({"x": range(size)}), folder, "a"),
+    "paper": paper,
     "text": lambda folder, size: outputs.write(folder / "a.json", "x" * size),
 }
 

@@ -62,7 +62,7 @@ def write(profile: str, entries: list[dict[str, Any]]) -> Path:
     """Keep the ledger beside the artifacts; it is not committed."""
     path = paths.artifacts() / f"ledger-{profile}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    outputs.write(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
     return path
 
 
