@@ -28,7 +28,7 @@ from persona_coupling.store import MANIFEST, sha256_of
 
 # What names a clock time or a duration differs between any two runs, and is left out of the comparison.
 CLOCKS = {"made", "seconds", "stages", "compute_minutes", "evaluation_seconds"}
-MINUTES = re.compile(r"\d+(\.\d+)?( |\\u00a0)?min(utes)?\b")
+MINUTES = re.compile(r"\d+(\.\d+)?( |\\u00a0)?min(utes)?\b|compute minutes\D{1,60}\d+(\.\d+)?")  # as notes print them
 POLL = 0.05  # seconds between looks at a run that is to be killed
 DRAWING = "typesetting or writing the PDF"
 AIMED = 0.2  # share of the kills that wait for the PDF: it takes a second or two, which moments alone seldom hit
