@@ -233,6 +233,45 @@ def test_a_corrupted_artifact_is_named_and_mended_by_deleting_it(root: Path) -> 
             victim.write_bytes(original)
 
 
+def test_one_flipped_bit_in_any_kind_of_artifact_is_found(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every file of one artifact of every kind: a flip, a cut, an absence; each named, none used."""
+    from persona_coupling import notebooks
+    from persona_coupling.errors import CorruptArtifact
+    from persona_coupling.store import MANIFEST, Store
+
+    monkeypatch.setenv("PERSONA_COUPLING_ROOT", str(root))
+    monkeypatch.setenv("PERSONA_COUPLING_CACHE", str(root / "artifacts"))
+    parameters = {"profile": "smoke", "seeds": [], "model": ""}
+    kinds = {}
+    for experiment in notebooks.discover():
+        if experiment.results("smoke").is_dir():
+            kinds |= {stage.kind: stage for stage in notebooks.design_of(experiment, parameters).stages()}
+    assert {"model", "rows", "change", "merge", "evaluation"} <= set(kinds)
+    whole = Store(root / "artifacts")
+    for stage in kinds.values():
+        files = sorted(whole.manifest(stage)["files"])
+        assert files, stage
+        for name in (*files, MANIFEST):
+            path = whole.folder(stage) / name
+            original = path.read_bytes()
+            middle = len(original) // 2
+            flipped = original[:middle] + bytes([original[middle] ^ 1]) + original[middle + 1 :]
+            if name == MANIFEST:  # a flip inside what a manifest says about its making is beyond any hash
+                flipped = original.replace(stage.key.encode(), stage.key[::-1].encode())
+            for damaged in (flipped, original[:-1] if name != MANIFEST else original[:-2], None):
+                if name == MANIFEST and damaged is None:
+                    continue  # a folder without one is no artifact: `test_a_folder_without_a_manifest_is_rebuilt`
+                path.unlink()
+                if damaged is not None:
+                    path.write_bytes(damaged)
+                with pytest.raises(CorruptArtifact) as caught:
+                    Store(root / "artifacts").fetch(stage)
+                assert str(path) in str(caught.value)
+                assert "Delete the folder" in str(caught.value)
+                path.write_bytes(original)
+        assert Store(root / "artifacts").fetch(stage)
+
+
 def test_no_disk_space_is_said_before_anything_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from collections import namedtuple
 

@@ -124,6 +124,42 @@ time.sleep(60)
     holder.stdout.close()
 
 
+@pytest.fixture
+def typeset(pair, monkeypatch):
+    """The pair with a typesetter whose PDF is the bytes of the copy's generated values and figures."""
+
+    def compiled(_profile):
+        root = paths.repository()
+        return b"".join(p.read_bytes() for p in sorted([*root.glob("paper/generated/*/*"), *root.glob("figures/*/*")]))
+
+    monkeypatch.setattr(stress.prose, "compile_paper", compiled)
+    for root in pair:
+        with stress.notebooks.environment({"PERSONA_COUPLING_ROOT": str(root)}):
+            (root / "paper/paper-smoke.pdf").write_bytes(compiled("smoke"))
+    return pair
+
+
+def test_a_paper_that_differs_in_minutes_is_the_same(typeset):
+    assert (typeset[0] / "paper/paper-smoke.pdf").read_bytes() != (typeset[1] / "paper/paper-smoke.pdf").read_bytes()
+    assert stress.papers(*typeset, "smoke") == []
+
+
+def test_a_paper_of_other_values_or_figures_is_found(typeset):
+    (typeset[1] / "paper/paper-smoke.pdf").write_bytes(b"half")
+    assert stress.papers(*typeset, "smoke") == ["paper/paper-smoke.pdf is not what its generated files give"]
+    (typeset[1] / "figures/smoke/a.svg").write_bytes(b"<svg />")
+    assert "paper/paper-smoke.pdf differs by more than clock times" in stress.papers(*typeset, "smoke")
+
+
+@pytest.mark.end_to_end
+def test_the_same_profile_twice_is_the_same(monkeypatch, tmp_path):
+    """Two fresh caches, nobody killed: completions, results, notes, figures and paper."""
+    monkeypatch.setenv("PERSONA_COUPLING_CACHE", str(tmp_path))
+    assert stress.main(0, ["00"], seed=0) == 0
+    report = json.loads((tmp_path / "stress.json").read_text())
+    assert (report["kills"], report["cycles"], report["faults"]) == (0, 1, [])
+
+
 @pytest.mark.end_to_end
 def test_three_kills_lose_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PERSONA_COUPLING_CACHE", str(tmp_path))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import os
 import shutil
 import sys
@@ -72,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     stress = commands.add_parser(
         "stress", help="kill `reproduce` again and again in a copy, and compare what comes out"
     )
-    stress.add_argument("--kills", type=int, default=50, help="how often")
+    _common(stress)
+    stress.add_argument("--kills", type=int, default=50, help="how often; 0: only run twice and compare")
     stress.add_argument("--only", action="append", default=[], help="an experiment's name or number; repeatable")
     stress.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     bench = commands.add_parser("bench", help="measure training and sampling side by side")
@@ -322,8 +322,8 @@ def paper(arguments: argparse.Namespace) -> None:
         if not record.is_file():
             print(f"  {experiment.name} has not been run under {name}")
             continue
-        stored = json.loads(record.read_text(encoding="utf-8"))["profile"]
-        parameters = {"profile": name, "seeds": stored["seeds"], "model": ""}
+        stored = outputs.read(record).get("profile", {})
+        parameters = {"profile": name, "seeds": stored.get("seeds", []), "model": ""}
         if arguments.notes:
             with notebooks.environment({STORED_ONLY: "1"}):
                 notebooks.execute(experiment, parameters)
@@ -343,12 +343,8 @@ def build_paper(profile: str) -> Path:
     if profile == _evidence() and (paths.repository() / "README.md").is_file():
         prose.write_readme(index)
     target = paths.pdf(profile)
-    temporary = target.with_suffix(f".{os.getpid()}.pdf")
-    try:
+    with outputs.replaced(target) as temporary:
         temporary.write_bytes(prose.compile_paper(profile))
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
     seal.write(profile)
     if profile == _evidence() and (paths.repository() / "REVIEWERS.md").is_file():
         kit.write(profile)
@@ -370,8 +366,8 @@ def print_claims(profile: str) -> None:
     """The claims table of stored verdicts."""
     rows = []
     for path in sorted(paths.generated(profile).glob("[0-9][0-9]_*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and "claims" in content:
+        content = outputs.read(path)
+        if "claims" in content:
             rows += content["claims"]
     if not rows:
         raise UserError(f"There are no verdicts of {profile}. Run `nox -s reproduce -- --profile {profile}`.")
@@ -426,7 +422,7 @@ def stress(arguments: argparse.Namespace) -> int:
     """Kill a run again and again. Exit codes: 0 nothing lost, 1 something was."""
     from persona_coupling import stress as kills
 
-    return kills.main(arguments.kills, arguments.only, arguments.seed)
+    return kills.main(arguments.kills, arguments.only, arguments.seed, arguments.profile or "smoke")
 
 
 def _alone(command: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int | None]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import paths
+from persona_coupling import outputs, paths
 from persona_coupling.errors import UserError
 from persona_coupling.study import STORED_ONLY, Design
 
@@ -174,8 +174,8 @@ def execute(experiment: Experiment, parameters: dict[str, Any]) -> Path:
         raise UserError(f"{experiment.name} failed: {error.ename}: {error.evalue}. See {partial}.") from error
     finally:
         source.unlink(missing_ok=True)
-    partial.write_text(_timeless(partial), encoding="utf-8")
-    partial.replace(note)
+    outputs.write(note, _timeless(partial))
+    partial.unlink()
     return note
 
 

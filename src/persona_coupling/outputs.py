@@ -2,27 +2,71 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from persona_coupling import paths
+from persona_coupling.errors import UserError
 
 LOCK = ".outputs.lock"
+TEMPORARY = re.compile(r"\..+\.\d+")  # .<name>.<process>, a file or a folder
+SOURCE = re.compile(r"\d\d_[a-z0-9_]+-\d+\.ipynb")  # of a notebook that a process executes, in the cache
+PLACES = ("experiments/*/results/*", "experiments/*/lab_notes", "figures/*", "paper/generated/*", "paper", ".")
+
+
+def beside(path: Path) -> Path:
+    """The name under which this process writes what is to become `path`; `turn` removes what a dead process left."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary name beside a file, to be written inside; then it takes the file's place. After an error, a kill or a
+    full disk the old file is there as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = beside(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write(path: Path, text: str) -> None:
     """Replace a text file by way of a temporary one beside it: a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON object that a run wrote. Raises UserError, naming the file and the remedy, when it cannot be read."""
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:  # of JSON or of UTF-8
+        raise UserError(f"{path} is damaged ({error}). Restore or delete it, then run again.") from error
+    return content
+
+
+def sweep() -> None:
+    """Remove what killed processes left half-written; only for who holds the lock, whose writers are gone."""
+    root, notebooks = paths.repository(), paths.artifacts() / "notebooks"
+    left = [path for place in PLACES for path in root.glob(f"{place}/.*") if TEMPORARY.fullmatch(path.name)]
+    left += [path for path in notebooks.glob("*.ipynb") if SOURCE.fullmatch(path.name)]
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -36,6 +80,7 @@ def turn(say: Callable[[str], None] = print) -> Iterator[None]:
         say("waiting for another process that writes results or the paper of this checkout")
         lock.acquire()
     try:
+        sweep()
         yield
     finally:
         lock.release()

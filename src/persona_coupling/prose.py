@@ -121,8 +121,8 @@ def write_index(folder: Path) -> dict[str, Any]:
     this profile has not run stand as "not run"."""
     experiments = {}
     for path in sorted(folder.glob("[0-9][0-9]_*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and "estimates" in content:
+        content = outputs.read(path)
+        if "estimates" in content:
             experiments[content["experiment"]] = content
     if len({json.dumps(content["profile"], sort_keys=True) for content in experiments.values()}) > 1:
         raise GuardError(f"the experiments in {folder} were run with different profile values; run them together")

@@ -22,14 +22,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import paths
+from persona_coupling import notebooks, outputs, paths, prose
 from persona_coupling.errors import UserError
 from persona_coupling.store import MANIFEST, sha256_of
 
 # What names a clock time or a duration differs between any two runs, and is left out of the comparison.
 CLOCKS = {"made", "seconds", "stages", "compute_minutes", "evaluation_seconds"}
-MINUTES = re.compile(r"\d+(\.\d+)?( |\\u00a0)?min(utes)?\b")
+MINUTES = re.compile(r"\d+(\.\d+)?( |\\u00a0)?min(utes)?\b|compute minutes\D{1,60}\d+(\.\d+)?")  # as notes print them
 POLL = 0.05  # seconds between looks at a run that is to be killed
+DRAWING = "typesetting or writing the PDF"
+AIMED = 0.2  # share of the kills that wait for the PDF: it takes a second or two, which moments alone seldom hit
 
 
 def main(kills: int, only: Sequence[str], seed: int, profile: str = "smoke") -> int:
@@ -49,12 +51,14 @@ def main(kills: int, only: Sequence[str], seed: int, profile: str = "smoke") -> 
         struck: Counter[str] = Counter()
         faults: list[str] = []
         cycles = 0
-        while struck.total() < kills:
+        while struck.total() < kills or not cycles:  # without any kill: the same run twice
             shutil.rmtree(rough, ignore_errors=True)
             _copy_inputs(rough)
             finished: dict[str, str] = {}
             while struck.total() < kills:
-                where = _strike(command, rough, delay=generator.uniform(0.0, 0.8 * whole))
+                moment = generator.uniform(0.0, 0.8 * whole)
+                aimed = DRAWING if generator.random() < AIMED else ""
+                where = _strike(command, rough, delay=moment, aimed=aimed, after=generator.uniform(0.0, 1.0))
                 faults += _made_again(finished, rough)
                 finished = manifests(rough)
                 if where is None:
@@ -64,15 +68,14 @@ def main(kills: int, only: Sequence[str], seed: int, profile: str = "smoke") -> 
             _finish(command, rough)
             faults += _made_again(finished, rough)
             faults += [f"left behind: {path}" for path in leftovers(rough)]
-            faults += [f"differs: {name}" for name in differences(calm, rough)]
+            faults += [f"differs: {name}" for name in (*differences(calm, rough), *papers(calm, rough, profile))]
             cycles += 1
         report: dict[str, Any] = {
             "profile": profile, "only": list(only), "seed": seed, "kills": struck.total(), "cycles": cycles,
             "struck while": dict(sorted(struck.items())), "faults": faults,
         }  # fmt: skip
     target = paths.artifacts() / "stress.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    outputs.write(target, json.dumps(report, indent=1) + "\n")
     print(f"{struck.total()} kills in {cycles} cycles: {', '.join(f'{n} while {w}' for w, n in struck.most_common())}")
     print("\n".join(faults) or "Nothing was lost, nothing finished was made again, all outputs are the same bytes.")
     return 1 if faults else 0
@@ -95,30 +98,36 @@ def _finish(command: Sequence[str], root: Path) -> None:
         raise UserError(f"A run that nobody killed failed: {done.stdout[-300:]} {done.stderr[-700:]}")
 
 
-def _strike(command: Sequence[str], root: Path, *, delay: float) -> str | None:
-    """Start a run and kill its whole process group after `delay` seconds. Returns what it was doing, or None if it had
-    come to its end."""
+def _strike(command: Sequence[str], root: Path, *, delay: float, aimed: str = "", after: float = 0.0) -> str | None:
+    """Start a run and kill its whole process group after `delay` seconds, or `after` seconds from when it is at what is
+    `aimed` for. Returns what it was doing, or None if it had come to its end. A notebook's kernel is in a group of its own
+    and lives up to a second longer, until it misses its parent."""
+    began = time.time()
     process = subprocess.Popen(
         command, env=_environment(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     end = time.monotonic() + delay
-    while time.monotonic() < end and process.poll() is None:
+    while process.poll() is None and (_doing(root, process.pid, began) != aimed if aimed else time.monotonic() < end):
         time.sleep(POLL)
+    if aimed:
+        time.sleep(after)
     if process.poll() is not None:
         return None
-    where = _doing(root, process.pid)
+    where = _doing(root, process.pid, began)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return where
 
 
-def _doing(root: Path, pid: int) -> str:
-    """What a run is at, from the temporary files that it holds."""
+def _doing(root: Path, pid: int, began: float) -> str:
+    """What a run that `began` then (seconds of the clock) is at, from the files that it holds and has written."""
     half = [path.parent.name for path in (root / "artifacts").glob(f"*/.*.{pid}") if path.is_dir()]
     if half:
         return f"making {half[0]}"
-    if list((root / "paper").glob("*.pdf.*")) or list((root / "paper").glob(f"*.{pid}.pdf")):
-        return "writing the PDF"
+    indices = list((root / "paper" / "generated").glob("*/index.json"))  # written anew before the PDF
+    drawn = list((root / "paper").glob("paper-*.pdf"))
+    if any(p.stat().st_mtime >= began for p in indices) and not any(p.stat().st_mtime >= began for p in drawn):
+        return DRAWING
     if list((root / "artifacts" / "notebooks").glob(f"*-{pid}.ipynb")):
         return "executing a notebook"
     return "starting, planning or between two steps"
@@ -145,7 +154,7 @@ def leftovers(root: Path) -> list[str]:
 
 def differences(one: Path, other: Path) -> list[str]:
     """Output files that are not the same in two copies, clock times and durations aside: results, notes, figures, tables.
-    The PDF prints minutes of compute; it is compiled from the generated files and nothing else, and is not compared."""
+    The PDF prints minutes of compute: see `papers`."""
     found = []
     patterns = ("experiments/*/results/**/*", "experiments/*/lab_notes/*", "figures/**/*", "paper/generated/**/*")
     names = [
@@ -155,6 +164,20 @@ def differences(one: Path, other: Path) -> list[str]:
     for name in sorted(names[0] | names[1]):
         if name not in names[0] & names[1] or _timeless(one / name) != _timeless(other / name):
             found.append(name)
+    return found
+
+
+def papers(calm: Path, rough: Path, profile: str) -> list[str]:
+    """What is wrong with a copy's PDF. It prints minutes of compute, so two things are asked: that the PDF is what the
+    copy's own files give, and that with the calm copy's generated values (which `differences` has found to be the same but
+    for clocks) and the copy's own figures it is the calm copy's, byte by byte. Changes the copy's generated values."""
+    found, name = [], f"paper/paper-{profile}.pdf"
+    with notebooks.environment({"PERSONA_COUPLING_ROOT": str(rough)}):
+        if (rough / name).read_bytes() != prose.compile_paper(profile):
+            found.append(f"{name} is not what its generated files give")
+        shutil.copytree(calm / "paper/generated", rough / "paper/generated", dirs_exist_ok=True)
+        if (calm / name).read_bytes() != prose.compile_paper(profile):
+            found.append(f"{name} differs by more than clock times")
     return found
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 import pandas as pd
 
-from persona_coupling import card, models, paths, personas, profiles, provenance, score, untrusted, values
+from persona_coupling import card, models, outputs, paths, personas, profiles, provenance, score, untrusted, values
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.generate import Sampling
@@ -349,17 +350,24 @@ class Results:
         return pd.DataFrame([{"condition": condition, **factors} for condition, factors in rows.items()])
 
     def save(self, folder: Path) -> None:
-        """Write all tables, then the record with their hashes, last."""
+        """Write all tables and the record with their hashes beside the old ones, then put them in their place, the record
+        last: a full disk leaves the old results, a kill the old, the new or none that counts."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "record.json").unlink(missing_ok=True)
-        for old in folder.glob("*.parquet"):
-            old.unlink()
-        for name, table in self.tables.items():
-            write_table(table, folder / f"{name}.parquet")
-        record = {**self.record, "files": {n: sha256_of(folder / f"{n}.parquet") for n in self.tables}}
-        temporary = folder / ".record.json"
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-        temporary.rename(folder / "record.json")
+        temporary = outputs.beside(folder / "results")
+        try:
+            temporary.mkdir()
+            for name, table in self.tables.items():
+                write_table(table, temporary / f"{name}.parquet")
+            record = {**self.record, "files": {n: sha256_of(temporary / f"{n}.parquet") for n in self.tables}}
+            text = json.dumps(record, indent=1, ensure_ascii=False)
+            (temporary / "record.json").write_text(text, encoding="utf-8")
+            (folder / "record.json").unlink(missing_ok=True)
+            for old in folder.glob("*.parquet"):
+                old.unlink()
+            for name in [*(f"{n}.parquet" for n in self.tables), "record.json"]:
+                (temporary / name).rename(folder / name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: Path, profile: Profile, design: Design) -> Results:
@@ -368,7 +376,10 @@ class Results:
         path = folder / "record.json"
         if not path.is_file():
             raise UserError(f"There are no stored results in {folder}. {again}")
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = outputs.read(path)
+        lacking = [name for name in ("files", "profile", "cells", "observed") if name not in record]
+        if lacking:
+            raise UserError(f"{path} is damaged: it lacks {', '.join(lacking)}. Restore it, or: {again}")
         for name, recorded in record["files"].items():
             path = untrusted.table_path(folder, name)
             if not path.is_file() or sha256_of(path) != recorded:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from persona_coupling import outputs
 from persona_coupling.measures import Estimates
 from persona_coupling.stats import Estimate
 
@@ -55,7 +56,6 @@ def by_condition(estimates: Estimates, labels: dict[str, str], columns: list[Col
 
 def save(table: pd.DataFrame, folder: Path, name: str) -> None:
     """Write `name`.csv for people and `name`.json for the paper."""
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
+    outputs.write(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
     content = {"columns": list(table.columns), "rows": table.astype(str).to_numpy().tolist()}
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    outputs.write(folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")

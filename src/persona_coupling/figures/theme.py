@@ -18,6 +18,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from persona_coupling import outputs
+
 WIDTH = 6.3  # inches: the text width of the paper
 SOURCE_COLOUR, BYSTANDER_COLOUR = sns.color_palette("colorblind")[3], sns.color_palette("colorblind")[0]
 GREY = "0.45"
@@ -51,17 +53,18 @@ def theme() -> Iterator[None]:
 
 def save(figure: Figure, folder: Path, name: str, data: pd.DataFrame, stamp: str) -> Path:
     """Write `name`.svg, .png and .csv; a stamp is written across the figure. Returns the SVG's path."""
-    folder.mkdir(parents=True, exist_ok=True)
     if stamp:
         figure.text(
             0.5, 0.5, stamp, ha="center", va="center", rotation=20, fontsize=22, color="0.5", alpha=0.35, zorder=10
         )
     with theme():
         _settle(figure)
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
-        figure.savefig(folder / f"{name}.png", dpi=200, metadata={"Software": None})
+        with outputs.replaced(folder / f"{name}.svg") as place:
+            figure.savefig(place, format="svg", metadata={"Date": None, "Creator": None})
+        with outputs.replaced(folder / f"{name}.png") as place:
+            figure.savefig(place, format="png", dpi=200, metadata={"Software": None})
     plt.close(figure)
-    data.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
+    outputs.write(folder / f"{name}.csv", data.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     return folder / f"{name}.svg"
 
 

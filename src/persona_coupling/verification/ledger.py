@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import paths
+from persona_coupling import outputs, paths
 
 PROVENANCE = ("made", "commit", "device", "system", "versions")
 
@@ -23,8 +23,8 @@ def read(profile: str) -> dict[str, Any]:
     """Claims and provenance of the generated files as they stand, by claim id; empty where there are none."""
     found: dict[str, Any] = {}
     for path in sorted(paths.generated(profile).glob("[0-9][0-9]_*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and "claims" in content:
+        content = outputs.read(path)
+        if "claims" in content:
             made = {name: content["provenance"].get(name) for name in PROVENANCE}
             for row in content["claims"]:
                 kept = {name: row[name] for name in ("value", "low", "high", "verdict", "why")}
@@ -62,7 +62,7 @@ def write(profile: str, entries: list[dict[str, Any]]) -> Path:
     """Keep the ledger beside the artifacts; it is not committed."""
     path = paths.artifacts() / f"ledger-{profile}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    outputs.write(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
     return path
 
 

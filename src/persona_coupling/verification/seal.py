@@ -6,10 +6,9 @@ other checks are for that.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from persona_coupling import notebooks, paths
+from persona_coupling import notebooks, outputs, paths
 from persona_coupling.store import sha256_of
 from persona_coupling.verification.findings import Finding, verdict
 
@@ -33,9 +32,7 @@ def write(profile: str) -> Path:
     """Seal a profile's evidence; the seal appears whole or not at all."""
     root, target = paths.repository(), path(profile)
     lines = [f"{sha256_of(file)}  {file.relative_to(root).as_posix()}\n" for file in evidence(profile)]
-    temporary = target.with_suffix(f".{os.getpid()}")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(target)
+    outputs.write(target, "".join(lines))
     return target
 
 
