@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -28,15 +30,17 @@ def repository(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def full(monkeypatch):
-    """A disk with room for 100 bytes in a file: the system's own limit, and no signal at it."""
-    import signal
-
+@contextmanager
+def full():
+    """Inside, a disk with room for 100 bytes in a file: the system's own limit, and no signal at it. For as short as may
+    be, since what pytest prints meets the same limit."""
     before, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def listing(folder):
@@ -68,13 +72,12 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_a_full_disk_leaves_what_was_there(tmp_path, full, kind):
+def test_a_full_disk_leaves_what_was_there(tmp_path, kind):
     folder = tmp_path / "place"
     WRITERS[kind](folder, 3)
     before = listing(folder)
     assert before
-    full()
-    with pytest.raises(OSError, match=r"File too large|Error writing|close"):
+    with full(), pytest.raises(OSError, match=r"File too large|Error writing|close"):
         WRITERS[kind](folder, 3000)
     assert listing(folder) == before
 
