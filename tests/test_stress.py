@@ -152,16 +152,8 @@ def test_a_paper_of_other_values_or_figures_is_found(typeset):
 
 
 @pytest.mark.end_to_end
-def test_the_same_profile_twice_is_the_same(monkeypatch, tmp_path):
-    """Two fresh caches, nobody killed: completions, results, notes, figures and paper."""
-    monkeypatch.setenv("PERSONA_COUPLING_CACHE", str(tmp_path))
-    assert stress.main(0, ["00"], seed=0) == 0
-    report = json.loads((tmp_path / "stress.json").read_text())
-    assert (report["kills"], report["cycles"], report["faults"]) == (0, 1, [])
-
-
-@pytest.mark.end_to_end
 def test_three_kills_lose_nothing(monkeypatch, tmp_path, capsys):
+    """Compared with a run that was left alone in a cache of its own: so the same profile twice gives the same bytes, too."""
     monkeypatch.setenv("PERSONA_COUPLING_CACHE", str(tmp_path))
     assert stress.main(3, ["00"], seed=3) == 0
     report = json.loads((tmp_path / "stress.json").read_text())
