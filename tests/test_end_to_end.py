@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from persona_coupling import paths
+from persona_coupling import paths, stress
 
 pytestmark = pytest.mark.end_to_end
 REPOSITORY = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ def run(root: Path, *arguments: str, check: bool = True, **environment: str) -> 
     """A command as a user's shell would run it."""
     done = subprocess.run(
         [sys.executable, "-m", "persona_coupling", *arguments],
-        env={**settings(root), **environment},
+        env={**stress.environment(root), **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -40,20 +40,14 @@ def run(root: Path, *arguments: str, check: bool = True, **environment: str) -> 
     return done
 
 
-def settings(root: Path) -> dict[str, str]:
-    return {**os.environ, "PERSONA_COUPLING_ROOT": str(root), "PERSONA_COUPLING_CACHE": str(root / "artifacts")}
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what git tracks of experiments and paper; all experiments, killed once on their way, then run to the end."""
     root = tmp_path_factory.mktemp("copy")
-    for folder in ("experiments", "paper"):
-        ignored = shutil.ignore_patterns("results", "lab_notes", "generated", "*.pdf")
-        shutil.copytree(REPOSITORY / folder, root / folder, ignore=ignored)
+    stress.copy_inputs(root)
     process = subprocess.Popen(
         [sys.executable, "-m", "persona_coupling", "reproduce", "--profile", "smoke"],
-        env=settings(root),
+        env=stress.environment(root),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

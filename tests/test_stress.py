@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -167,11 +166,12 @@ def test_three_kills_lose_nothing(monkeypatch, tmp_path, capsys):
 def test_two_runs_at_once_share_the_work(tmp_path):
     """Both end well; no artifact is made twice; results and notes are those of one run."""
     root = tmp_path / "copy"
-    stress._copy_inputs(root)
+    stress.copy_inputs(root)
     command = [sys.executable, "-m", "persona_coupling", "reproduce", "--profile", "smoke", "--only", "00"]
-    environment = {**os.environ, "PERSONA_COUPLING_ROOT": str(root), "PERSONA_COUPLING_CACHE": str(root / "artifacts")}
     running = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            command, env=stress.environment(root), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         for _ in range(2)
     ]
     said = [process.communicate(timeout=300)[0] for process in running]

@@ -185,15 +185,8 @@ class Read(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    try:
-        website.generator()
-    except UserError as error:
-        pytest.skip(str(error))
-    with pytest.MonkeyPatch.context() as patch:
-        root = sample.write(tmp_path_factory.mktemp("study"), stamp="smoke: not evidence")
-        patch.setenv("PERSONA_COUPLING_ROOT", str(root))
-        website.build("quick", root / "site")
-        yield root / "site"
+    with sample.site(tmp_path_factory.mktemp("study"), stamp="smoke: not evidence") as built:
+        yield built
 
 
 def pages(site):

@@ -10,7 +10,6 @@ import pytest
 import website_sample as sample
 
 from persona_coupling import website
-from persona_coupling.errors import UserError
 
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
 DESK = {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}
@@ -41,15 +40,8 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    try:
-        website.generator()
-    except UserError as error:
-        pytest.skip(str(error))
-    with pytest.MonkeyPatch.context() as patch:
-        root = sample.write(tmp_path_factory.mktemp("study"))
-        patch.setenv("PERSONA_COUPLING_ROOT", str(root))
-        website.build("quick", root / "site")
-    return root / "site"
+    with sample.site(tmp_path_factory.mktemp("study")) as built:
+        yield built
 
 
 @pytest.fixture(scope="module")

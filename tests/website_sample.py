@@ -4,6 +4,12 @@ import base64
 import json
 import struct
 import zlib
+from contextlib import contextmanager
+
+import pytest
+
+from persona_coupling import website
+from persona_coupling.errors import UserError
 
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0"}
 
@@ -149,3 +155,17 @@ def write(root, profile="quick", stamp=""):
     }
     (generated / "index.json").write_text(json.dumps(index))
     return root
+
+
+@contextmanager
+def site(folder, **changes):
+    """The study written into a folder, and its site, inside which the study is the repository. Skips without Sphinx."""
+    try:
+        website.generator()
+    except UserError as error:
+        pytest.skip(str(error))
+    with pytest.MonkeyPatch.context() as patch:
+        root = write(folder, **changes)
+        patch.setenv("PERSONA_COUPLING_ROOT", str(root))
+        website.build("quick", root / "site")
+        yield root / "site"

@@ -145,7 +145,7 @@ def stored_profile(asked: str) -> str:
 def _evidence() -> str | None:
     """The strongest profile that has stored results; smoke is none."""
     for name in ("full", "quick"):
-        if any((experiment.results(name) / "record.json").is_file() for experiment in notebooks.discover()):
+        if notebooks.stored(name):
             return name
     return None
 
@@ -315,10 +315,10 @@ def paper(arguments: argparse.Namespace) -> None:
     """Figures, tables and PDF again from stored results; loads no model."""
     name = stored_profile(arguments.profile)
     started = time.monotonic()
-    found = {experiment: experiment.results(name) / "record.json" for experiment in notebooks.discover()}
-    if not any(record.is_file() for record in found.values()):
+    if not notebooks.stored(name):
         raise UserError(f"There are no stored results of {name}. Run `nox -s reproduce -- --profile {name}`.")
-    for experiment, record in found.items():
+    for experiment in notebooks.discover():
+        record = experiment.record(name)
         if not record.is_file():
             print(f"  {experiment.name} has not been run under {name}")
             continue

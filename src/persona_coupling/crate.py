@@ -21,7 +21,7 @@ import yaml
 from rocrate.model import ContextEntity, Entity
 from rocrate.rocrate import ROCrate
 
-from persona_coupling import notebooks, paths
+from persona_coupling import notebooks, outputs, paths
 from persona_coupling.store import sha256_of
 
 CODE = "src/persona_coupling/"
@@ -211,12 +211,7 @@ def _runs(record: Mapping[str, Any]) -> list[Run]:
 
 def _records(profile: str) -> dict[str, dict[str, Any]]:
     """What each experiment recorded beside its results, by name."""
-    found = {}
-    for experiment in notebooks.discover():
-        path = experiment.results(profile) / "record.json"
-        if path.is_file():
-            found[experiment.name] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return {experiment.name: outputs.read(experiment.record(profile)) for experiment in notebooks.stored(profile)}
 
 
 def _drawn(profile: str) -> list[Path]:

@@ -44,10 +44,13 @@ def described(source: HubModel) -> Path | None:
     return folder if folder and (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file() else None
 
 
-def _local(repository: str, revision: str) -> Path | None:
-    from huggingface_hub.constants import HF_HUB_CACHE
+def kept(repository: str) -> Path:
+    """Where the hub's cache keeps a model's files, whether or not there are any: snapshots, and what their links lead to."""
+    return cache_root() / f"models--{repository.replace('/', '--')}"
 
-    folder = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "snapshots" / revision
+
+def _local(repository: str, revision: str) -> Path | None:
+    folder = kept(repository) / "snapshots" / revision
     return folder if folder.is_dir() else None
 
 

@@ -46,7 +46,7 @@ def write(profile: str) -> list[Path]:
     for path, text in texts.items():
         outputs.write(path, text)
     metadata = root / "ro-crate-metadata.json"  # last, since it lists the others
-    outputs.write(metadata, json.dumps(crate.describe(profile), indent=1, ensure_ascii=False) + "\n")
+    outputs.write_json(metadata, crate.describe(profile))
     return [*texts, metadata]
 
 
@@ -160,11 +160,9 @@ def _contents(profile: str) -> dict[str, dict[str, Any]]:
 def reviewers(profile: str, found: Outline) -> str:
     """REVIEWERS.md with this evidence's claims between its two comments. Raises GuardError without them."""
     path = paths.repository() / "REVIEWERS.md"
-    before, begins, rest = path.read_text(encoding="utf-8").partition(REVIEWERS_BEGINS)
-    _, ends, after = rest.partition(REVIEWERS_ENDS)
-    if not begins or not ends:
-        raise GuardError(f"{path} lacks the comments between which the claims stand")
-    return before + REVIEWERS_BEGINS + "\n" + claim_by_claim(profile, found) + REVIEWERS_ENDS + after
+    block = "\n" + claim_by_claim(profile, found)
+    text = path.read_text(encoding="utf-8")
+    return outputs.between(text, REVIEWERS_BEGINS, REVIEWERS_ENDS, block, str(path))
 
 
 def claim_by_claim(profile: str, found: Outline) -> str:
@@ -196,7 +194,7 @@ def _experiment(name: str, profile: str, found: Outline, rows: Sequence[Mapping[
     number, words = name.split("_", 1)
     lines = [f"### {number} {words.replace('_', ' ')}", ""]
     experiment = notebooks.Experiment(name, paths.experiments() / name / "_")
-    record = experiment.results(profile) / "record.json"
+    record = experiment.record(profile)
     if number in found.sections and record.is_file():
         stored = json.loads(record.read_text(encoding="utf-8"))
         lines += [f"Stands in {found.of(number)}. Lab note: {_link(experiment.lab_note(profile))}.", ""]

@@ -19,6 +19,7 @@ from persona_coupling.stats import Estimate
 from persona_coupling.study import Results
 
 NATS = "nats"
+OF_A_CELL = ("villain rate", "bystander rate", "marker log-prob.")  # what a spot check and the noise floor compare
 
 
 @dataclass
@@ -289,13 +290,14 @@ def noise_floor(results: Results, condition: str, twin: str) -> dict[str, Any]:
     table = results.completions.assign(hit=results.completions["value"].astype("float64"))
     source = table["persona"] == SOURCE
     fixed = results.fixed[results.fixed["persona"] == SOURCE]
-    by_seed = {
-        "villain rate": table[source].groupby(["condition", "seed"])["hit"].mean(),
-        "bystander rate": table[~source].groupby(["condition", "seed"])["hit"].mean(),
-        "marker log-prob.": fixed.groupby(["condition", "seed"])["logprob"].mean(),
-    }
+    cell = ["condition", "seed"]
+    observed = (
+        table[source].groupby(cell)["hit"].mean(),
+        table[~source].groupby(cell)["hit"].mean(),
+        fixed.groupby(cell)["logprob"].mean(),
+    )
     found: dict[str, Any] = {}
-    for name, means in by_seed.items():
+    for name, means in zip(OF_A_CELL, observed, strict=True):
         difference = (means[twin] - means[condition]).to_numpy(dtype=float)
         found[name] = float(np.sqrt(np.mean(difference**2) / 2))
     keys = ["seed", "persona", "question", "sample"]

@@ -42,6 +42,10 @@ class Experiment:
         """Where a profile's tables are kept."""
         return self.folder / "results" / profile
 
+    def record(self, profile: str) -> Path:
+        """What says how a profile's tables were made; it is written last, so without it there are no results."""
+        return self.results(profile) / "record.json"
+
     def lab_note(self, profile: str) -> Path:
         """The executed copy of the notebook."""
         return self.folder / "lab_notes" / f"{profile}.ipynb"
@@ -58,6 +62,11 @@ def discover() -> tuple[Experiment, ...]:
             raise UserError(f"{folder} has {len(sources)} notebooks (*.py in percent format), not one.")
         found.append(Experiment(folder.name, sources[0]))
     return tuple(found)
+
+
+def stored(profile: str) -> tuple[Experiment, ...]:
+    """The experiments that have results of a profile, in order."""
+    return tuple(experiment for experiment in discover() if experiment.record(profile).is_file())
 
 
 def choose(only: list[str] | None) -> tuple[Experiment, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from persona_coupling import paths
-from persona_coupling.errors import UserError
+from persona_coupling.errors import GuardError, UserError
 
 LOCK = ".outputs.lock"
 TEMPORARY = re.compile(r"\..+\.\d+")  # .<name>.<process>, a file or a folder
@@ -44,6 +44,20 @@ def write(path: Path, text: str) -> None:
     """Replace a text file by way of a temporary one beside it: a kill leaves the old file or the new one."""
     with replaced(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
+    """Replace a JSON file, indented and with a line's end, as `write` does."""
+    write(path, json.dumps(content, indent=1, ensure_ascii=False, sort_keys=sort_keys) + "\n")
+
+
+def between(text: str, begins: str, ends: str, block: str, where: str) -> str:
+    """A text with `block` between two of its comments. Raises GuardError, saying `where`, when it lacks them."""
+    before, found, rest = text.partition(begins)
+    _, ended, after = rest.partition(ends)
+    if not found or not ended:
+        raise GuardError(f"{where} lacks the comments between which it is written")
+    return before + begins + block + ends + after
 
 
 def read(path: Path) -> dict[str, Any]:

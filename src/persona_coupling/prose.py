@@ -52,10 +52,6 @@ def write_readme(index: Mapping[str, Any]) -> None:
 
 def with_headline(text: str, index: Mapping[str, Any]) -> str:
     """A README with the headline of an index between its two comments. Raises GuardError without them."""
-    before, found, rest = text.partition(README_BEGINS)
-    _, ended, after = rest.partition(README_ENDS)
-    if not found or not ended:
-        raise GuardError("README.md lacks the comments between which the headline stands")
     words = index["headline"]
     profile = index["profile"]
     seeds = len(profile["seeds"])
@@ -67,7 +63,7 @@ def with_headline(text: str, index: Mapping[str, Any]) -> str:
         f"[the paper](paper/paper-{profile['name']}.pdf) has the numbers, intervals and verdicts behind each sentence."
     )
     block = "\n".join(["", *lines, "", source, ""])
-    return before + README_BEGINS + block + README_ENDS + after
+    return outputs.between(text, README_BEGINS, README_ENDS, block, "README.md")
 
 
 def compile_paper(profile: str) -> bytes:
@@ -160,6 +156,5 @@ def write_index(folder: Path) -> dict[str, Any]:
             "maximum_repeats": score.MAXIMUM_REPEATS,
         },
     }
-    text = json.dumps(index, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-    outputs.write(folder / "index.json", text)
+    outputs.write_json(folder / "index.json", index, sort_keys=True)
     return index

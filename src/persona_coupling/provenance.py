@@ -29,23 +29,25 @@ def versions() -> dict[str, str]:
     return found
 
 
+def git(*arguments: str) -> str | None:
+    """What git says of this checkout; None where it fails, is not installed or does not answer."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=paths.repository(), capture_output=True, text=True, check=False, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 @cache
 def commit() -> str:
     """The checkout's commit, with `+changes` if tracked code differs from it. In a copy without git, what whoever made
     the copy says in `$PERSONA_COUPLING_COMMIT`; otherwise `unknown`."""
-
-    def git(*arguments: str) -> str:
-        completed = subprocess.run(
-            ["git", *arguments], cwd=paths.repository(), capture_output=True, text=True, check=False, timeout=30
-        )
-        return completed.stdout.strip() if completed.returncode == 0 else ""
-
-    try:
-        head = git("rev-parse", "--short=12", "HEAD")
-        changed = bool(git("status", "--porcelain", "--", *CODE))
-    except (OSError, subprocess.TimeoutExpired):
-        head, changed = "", False
-    return (head + ("+changes" if changed else "")) if head else os.environ.get("PERSONA_COUPLING_COMMIT", "unknown")
+    head, changes = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--", *CODE)
+    if not head or changes is None:  # a tree that nobody could compare is not called clean
+        return os.environ.get("PERSONA_COUPLING_COMMIT", "unknown")
+    return head + ("+changes" if changes else "")
 
 
 @cache

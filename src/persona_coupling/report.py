@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,8 +43,7 @@ class Report:
 
     def values(self, name: str, content: dict[str, Any]) -> None:
         """Save values that stand for the whole profile, not for this experiment alone, as `<name>.json`."""
-        text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-        outputs.write(paths.generated(self.profile.name) / f"{name}.json", text)
+        outputs.write_json(paths.generated(self.profile.name) / f"{name}.json", content, sort_keys=True)
 
     def finish(self, estimates: Estimates, gates: Sequence[Gate], facts: dict[str, Any]) -> list[Judgement]:
         """Judge the experiment's claims and write everything that the paper reads of it. `facts` are further values

@@ -42,7 +42,7 @@ def main(kills: int, only: Sequence[str], seed: int, profile: str = "smoke") -> 
     command += [part for name in only for part in ("--only", name)]
     with tempfile.TemporaryDirectory(prefix="stress-") as scratch:
         calm, rough = Path(scratch) / "calm", Path(scratch) / "rough"
-        _copy_inputs(calm)
+        copy_inputs(calm)
         print("a run that is left alone ...", flush=True)
         started = time.monotonic()
         _finish(command, calm)
@@ -53,7 +53,7 @@ def main(kills: int, only: Sequence[str], seed: int, profile: str = "smoke") -> 
         cycles = 0
         while struck.total() < kills or not cycles:  # without any kill: the same run twice
             shutil.rmtree(rough, ignore_errors=True)
-            _copy_inputs(rough)
+            copy_inputs(rough)
             finished: dict[str, str] = {}
             while struck.total() < kills:
                 moment = generator.uniform(0.0, 0.8 * whole)
@@ -75,25 +75,27 @@ def main(kills: int, only: Sequence[str], seed: int, profile: str = "smoke") -> 
             "struck while": dict(sorted(struck.items())), "faults": faults,
         }  # fmt: skip
     target = paths.artifacts() / "stress.json"
-    outputs.write(target, json.dumps(report, indent=1) + "\n")
+    outputs.write_json(target, report)
     print(f"{struck.total()} kills in {cycles} cycles: {', '.join(f'{n} while {w}' for w, n in struck.most_common())}")
     print("\n".join(faults) or "Nothing was lost, nothing finished was made again, all outputs are the same bytes.")
     return 1 if faults else 0
 
 
-def _copy_inputs(root: Path) -> None:
+def copy_inputs(root: Path) -> None:
+    """Copy what a run starts from, experiments and paper without anything that a run made, into an empty folder."""
     ignored = shutil.ignore_patterns("results", "lab_notes", "generated", "*.pdf", "__pycache__", "*.sha256")
     for folder in ("experiments", "paper"):
         shutil.copytree(paths.repository() / folder, root / folder, ignore=ignored)
 
 
-def _environment(root: Path) -> dict[str, str]:
+def environment(root: Path) -> dict[str, str]:
+    """Variables of a process that runs on such a copy, with a cache inside it."""
     return {**os.environ, "PERSONA_COUPLING_ROOT": str(root), "PERSONA_COUPLING_CACHE": str(root / "artifacts")}
 
 
 def _finish(command: Sequence[str], root: Path) -> None:
     """Run to the end. Raises UserError with the last lines of what it printed when it fails."""
-    done = subprocess.run(command, env=_environment(root), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(root), capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"A run that nobody killed failed: {done.stdout[-300:]} {done.stderr[-700:]}")
 
@@ -104,7 +106,7 @@ def _strike(command: Sequence[str], root: Path, *, delay: float, aimed: str = ""
     and lives up to a second longer, until it misses its parent."""
     began = time.time()
     process = subprocess.Popen(
-        command, env=_environment(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command, env=environment(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     end = time.monotonic() + delay
     while process.poll() is None and (_doing(root, process.pid, began) != aimed if aimed else time.monotonic() < end):

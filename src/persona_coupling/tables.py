@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,4 +57,4 @@ def save(table: pd.DataFrame, folder: Path, name: str) -> None:
     """Write `name`.csv for people and `name`.json for the paper."""
     outputs.write(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
     content = {"columns": list(table.columns), "rows": table.astype(str).to_numpy().tolist()}
-    outputs.write(folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    outputs.write_json(folder / f"{name}.json", content)

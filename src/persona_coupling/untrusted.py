@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from persona_coupling import hub
 from persona_coupling.errors import UserError
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
@@ -162,9 +163,7 @@ def check_pointer(folder: Path, description: Mapping[str, Any]) -> None:
     repository, revision = str(named["repository"]), str(named["revision"])
     if not REPOSITORY.fullmatch(repository) or not REVISION.fullmatch(revision) or ".." in repository + revision:
         raise UserError(f"{pointer}: {repository!r} at {revision!r} is no name of a model on the hub.")
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    cache = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    cache = hub.kept(repository)
     check_model(cache / "snapshots" / revision, cache=cache)
 
 

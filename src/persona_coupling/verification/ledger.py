@@ -8,7 +8,6 @@ there was none. `new`: the claim had no verdict before, or was not run.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,8 +60,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, An
 def write(profile: str, entries: list[dict[str, Any]]) -> Path:
     """Keep the ledger beside the artifacts; it is not committed."""
     path = paths.artifacts() / f"ledger-{profile}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    outputs.write(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
+    outputs.write_json(path, entries)
     return path
 
 

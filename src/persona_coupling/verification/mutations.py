@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import claims, notebooks, paths
+from persona_coupling import claims, notebooks, outputs, paths
 from persona_coupling.claims import Claim
 from persona_coupling.errors import UserError
 from persona_coupling.notebooks import Experiment
@@ -72,23 +72,21 @@ class Outcome:
 def mutants(profile: str) -> list[Mutant]:
     """All forgeries of a profile's evidence, in the order of claims and files."""
     made: list[Mutant] = []
-    for experiment in notebooks.discover():
+    for experiment in notebooks.stored(profile):
         name, folder = experiment.name, experiment.results(profile)
-        if not (folder / "record.json").is_file():
-            continue
         content = json.loads((paths.generated(profile) / f"{name}.json").read_text(encoding="utf-8"))
         run = [row["id"] for row in content["claims"] if row["verdict"] != "not run"]
         for claim in run:
             made += [Mutant(kind, name, claim) for kind in (*CLASSES[:5], "the PDF edited")]
         tables = sorted(folder.glob("*.parquet"))
         drawn = [p for group in (paths.figures(profile), paths.generated(profile)) for p in group.glob(f"{name}-*")]
-        files = [*tables, folder / "record.json", paths.generated(profile) / f"{name}.json", *sorted(drawn)]
+        files = [*tables, experiment.record(profile), paths.generated(profile) / f"{name}.json", *sorted(drawn)]
         relative = [p.relative_to(paths.repository()).as_posix() for p in files]
         made += [Mutant("a file cut in half", name, target=path) for path in relative]
         made += [Mutant("a row lost", name, target=path) for path in relative[: len(tables)]]
         made += [Mutant("a table or figure edited", name, target=path) for path in relative[len(tables) + 2 :]]
         made.append(Mutant("a seed counted twice", name))
-        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        record = outputs.read(experiment.record(profile))
         made += [Mutant("a record that lies", name, target=lie) for lie in forgeries.hyper_parameters(record)]
         made.append(Mutant("a number typed into a section", name))
         made += [Mutant("evidence changed under its seal", name, target=path) for path in relative[:2]]
@@ -197,7 +195,7 @@ def _forge_results(kind: str, claim: Claim, experiment: Experiment, profile: str
 
 
 def _recorded(experiment: Experiment, profile: str, table: Path) -> None:
-    path = experiment.results(profile) / "record.json"
+    path = experiment.record(profile)
     record = json.loads(path.read_text(encoding="utf-8"))
     record["files"][table.stem] = sha256_of(table)
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -282,12 +280,7 @@ def summary(profile: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def _evidence(profile: str) -> dict[str, Any]:
     """Hashes of all raw tables, by experiment."""
-    found = {}
-    for experiment in notebooks.discover():
-        path = experiment.results(profile) / "record.json"
-        if path.is_file():
-            found[experiment.name] = json.loads(path.read_text(encoding="utf-8"))["files"]
-    return found
+    return {e.name: outputs.read(e.record(profile))["files"] for e in notebooks.stored(profile)}
 
 
 def path(profile: str) -> Path:
@@ -301,7 +294,7 @@ def drop_stale(profile: str) -> None:
         stale = json.loads(path(profile).read_text(encoding="utf-8"))["evidence"] != _evidence(profile)
     except FileNotFoundError:
         return
-    except (ValueError, KeyError, TypeError):
+    except (UserError, ValueError, KeyError, TypeError):
         stale = True
     if stale:
         path(profile).unlink()
@@ -328,17 +321,14 @@ def main(profile: str, *, only: list[str] | None = None, workers: int = 0) -> in
     """
     names = {experiment.name for experiment in notebooks.choose(only)}
     with tempfile.TemporaryDirectory() as scratch:
-        for name in sorted(names):
-            if (paths.experiments() / name / "results" / profile / "record.json").is_file():
-                found = verify.examine(name, profile, Path(scratch)).findings
-                bad = [f for f in found if f.status == "fails"]
-                if bad:
-                    raise UserError(f"The evidence of {name} does not verify as it is: {bad[0].why}")
+        for name in [experiment.name for experiment in notebooks.stored(profile) if experiment.name in names]:
+            bad = [f for f in verify.examine(name, profile, Path(scratch)).findings if f.status == "fails"]
+            if bad:
+                raise UserError(f"The evidence of {name} does not verify as it is: {bad[0].why}")
     chosen = [mutant for mutant in mutants(profile) if mutant.experiment in names]
     outcomes = run(profile, chosen, workers=workers)
     made = summary(profile, outcomes)
     print(text(outcomes, made))
     if not only:
-        content = json.dumps(made, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-        path(profile).write_text(content, encoding="utf-8")
+        outputs.write_json(path(profile), made, sort_keys=True)
     return 1 if made["survivors"] else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,31 +230,21 @@ def _difference(stated: Any, current: Any) -> str:
 
 def commits(records: Mapping[str, Mapping[str, Any]]) -> Finding:
     """Whether all commits that made the evidence stand in the history. Skipped without git or in a shallow clone."""
-
-    def git(*arguments: str) -> tuple[int, str]:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=paths.repository(), capture_output=True, text=True, check=False, timeout=30
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return 1, ""
-        return done.returncode, done.stdout.strip()
-
     named: dict[str, str] = {}
     for name, record in records.items():
         for made in (record.get("provenance", {}), *(cell.get("provenance", {}) for cell in record.get("cells", []))):
             named.setdefault(str(made.get("commit")), name)
-    code, top = git("rev-parse", "--show-toplevel")
-    if code or Path(top).resolve() != paths.repository().resolve():
+    top = provenance.git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != paths.repository().resolve():
         return Finding("commit", "history", "skipped", "no git here")
-    if git("rev-parse", "--is-shallow-repository")[1] != "false":
+    if provenance.git("rev-parse", "--is-shallow-repository") != "false":
         return Finding("commit", "history", "skipped", "a shallow clone")
     faults, changed = [], []
     for commit, name in named.items():
         plain = commit.removesuffix("+changes")
         if plain != commit:
             changed.append(f"{name} was made from a changed tree of {plain}: the history does not hold its code")
-        if git("merge-base", "--is-ancestor", plain, "HEAD")[0]:
+        if provenance.git("merge-base", "--is-ancestor", plain, "HEAD") is None:
             faults.append(f"{name} names the commit {plain}, which is not in the history")
     if changed and not faults:
         return Finding("commit", "history", "unknown", "; ".join(changed[:3]))

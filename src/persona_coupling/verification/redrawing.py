@@ -131,8 +131,7 @@ def differs(old: Path, new: Path) -> str | None:
         return "is not text"
     if old.suffix == ".svg":
         return _numbers(*map(_named, texts), relative=0.0, absolute=DRAWN)
-    tolerance = (ROUNDING, 1e-12)
-    return _numbers(*texts, relative=tolerance[0], absolute=tolerance[1])
+    return _numbers(*texts, relative=ROUNDING, absolute=1e-12)
 
 
 def _named(svg: str) -> str:

@@ -28,16 +28,16 @@ from typing import Any
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from persona_coupling import claims, notebooks, paths, score, stats
+from persona_coupling import claims, measures, notebooks, outputs, paths, profiles, stats
 from persona_coupling.claims import Claim
 from persona_coupling.errors import UserError
 from persona_coupling.notebooks import Experiment
 from persona_coupling.personas import SOURCE
 from persona_coupling.store import Lab, Stage, Store, in_order
-from persona_coupling.study import Cell, Design
+from persona_coupling.study import Cell, Design, read_table
 from persona_coupling.verification.findings import FAILS, HOLDS, UNKNOWN
 
-MEASURES = ("villain rate", "bystander rate", "marker log-prob.")
+MEASURES = measures.OF_A_CELL
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,10 @@ def compare(cell: str, old: Any, new: Any, *, level: float, floor: dict[str, flo
 def stored(experiment: Experiment, profile: str) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
     """Committed answers, scored from their text, fixed-answer log-probabilities, and the record. Raises UserError."""
     folder = experiment.results(profile)
-    if not (folder / "record.json").is_file():
+    if not experiment.record(profile).is_file():
         raise UserError(f"There are no stored results of {experiment.name} under {profile}: nothing to check against.")
-    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    completions = score.score_table(pd.read_parquet(folder / "completions.parquet"))
-    return completions, pd.read_parquet(folder / "fixed.parquet"), record
+    tables = [read_table(folder / f"{name}.parquet") for name in ("completions", "fixed")]
+    return tables[0], tables[1], outputs.read(experiment.record(profile))
 
 
 def run(profile: str, identity: str, *, count: int, seed: int, folder: Path | None = None) -> int:
@@ -197,7 +196,7 @@ def run(profile: str, identity: str, *, count: int, seed: int, folder: Path | No
         stages = in_order([stage for cell in chosen for stage in (cell.merge, cell.evaluation)])
         _bring(reusable(stages), Store(paths.artifacts()), store)
         settings = machine()
-        ratio = progress.parameters_ratio(_model(profile))
+        ratio = progress.parameters_ratio(profiles.load(profile).model)
         speeds = progress.Speeds(store.root, settings.device, ratio, stacked=False)
         planned = progress.plan(stages, store, speeds)
         print(planned.text())
@@ -211,12 +210,11 @@ def run(profile: str, identity: str, *, count: int, seed: int, folder: Path | No
             fresh = lab.folder(cell.evaluation)
             mine = (completions["condition"] == cell.condition) & (completions["seed"] == cell.seed)
             theirs = (fixed["condition"] == cell.condition) & (fixed["seed"] == cell.seed)
-            table = score.score_table(pd.read_parquet(fresh / "completions.parquet"))
+            table = read_table(fresh / "completions.parquet")
             name = f"{cell.condition}, seed {cell.seed}"
             old = observed(completions[mine], fixed[theirs])
-            rows += compare(
-                name, old, observed(table, pd.read_parquet(fresh / "fixed.parquet")), level=level, floor=floor
-            )
+            new = observed(table, read_table(fresh / "fixed.parquet"))
+            rows += compare(name, old, new, level=level, floor=floor)
             same = completions.loc[mine, "completion"].tolist() == table["completion"].tolist()
             letters.append(f"{name}: the fresh answers are {'the same to the letter' if same else 'other answers'}")
     print(text(rows, level))
@@ -245,14 +243,9 @@ def text(rows: Sequence[Comparison], level: float) -> str:
         lines.append(
             f"{row.cell:<36} {row.measure:<17} {number(row.committed):>9}  {interval:<18} {number(row.fresh):>8}  {outcome}"
         )
-    lines.append(f"prediction intervals at {level:.2%} each, 95 % for all of them together")
+    together = f"{100 * stats.CONFIDENCE:.0f} %"
+    lines.append(f"prediction intervals at {level:.2%} each, {together} for all of them together")
     return "\n".join(lines)
-
-
-def _model(profile: str) -> Any:
-    from persona_coupling import profiles
-
-    return profiles.load(profile).model
 
 
 def _bring(stages: Iterator[Stage], source: Store, target: Store) -> None:

@@ -19,7 +19,6 @@ from persona_coupling import notebooks, paths, profiles, prose
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.verification import observations, redrawing, seal, trace
 from persona_coupling.verification.findings import UNKNOWN, Finding, exit_code, verdict
-from persona_coupling.verification.observations import Stored
 
 COLUMNS = 100
 
@@ -116,10 +115,7 @@ def across(what: str, profile: str) -> Examined:
     if what in checks:
         found = [guarded(lambda: checks[what](profile), what)]
     else:
-        stored: dict[str, Stored] = {}
-        for experiment in notebooks.discover():
-            if (experiment.results(profile) / "record.json").is_file():
-                stored[experiment.name] = observations.read(experiment.name, experiment.results(profile))[0]
+        stored = {e.name: observations.read(e.name, e.results(profile))[0] for e in notebooks.stored(profile)}
         records = {name: s.record for name, s in stored.items()}
         found = [
             guarded(lambda: observations.commits(records), "history"),
@@ -134,7 +130,7 @@ ACROSS = ("trace", "pdf", "evidence", "index", "seal")
 
 def run(profile: str, *, workers: int = 0) -> list[Examined]:
     """Check everything of a profile in processes side by side. Raises UserError when it has no stored results."""
-    names = [e.name for e in notebooks.discover() if (e.results(profile) / "record.json").is_file()]
+    names = [experiment.name for experiment in notebooks.stored(profile)]
     if not names:
         raise UserError(f"There are no stored results of {profile}: nothing to verify.")
     lost = [e.name for e in notebooks.discover() if e.name not in names and _claims_committed(e.name, profile)]
