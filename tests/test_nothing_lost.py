@@ -16,8 +16,11 @@ from typing import ClassVar
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from persona_coupling import cli, evidence, figures, outputs, tables
+from persona_coupling import cli, evidence, figures, outputs, storage, tables
 from persona_coupling.errors import UserError
 from persona_coupling.store import Lab, Stage, Store
 from persona_coupling.study import Results, read_table
@@ -206,3 +209,56 @@ def test_a_finished_artifact_is_read_from_a_cache_that_cannot_be_written(tmp_pat
     assert Lab(Store(tmp_path / "root")).folder(stage) == folder
     with pytest.raises(UserError, match=r"cannot be written.*PERSONA_COUPLING_CACHE"):
         lab.folder(Counted("elsewhere"))
+
+
+@dataclass(frozen=True)
+class Weights(Stage):
+    """Written by a library whose errors are no OSError."""
+
+    size: int
+    stacked: bool = False
+    kind: ClassVar[str] = "weights"
+
+    def build(self, folder, lab):
+        save_file({"a": torch.zeros(self.size)}, folder / "a.safetensors")
+
+    def stack_key(self):
+        return "all" if self.stacked else None
+
+    @staticmethod
+    def build_together(stages, folders, lab):
+        outcomes = []
+        for stage, folder in zip(stages, folders, strict=True):
+            try:
+                outcomes.append(stage.build(folder, lab))
+            except Exception as error:
+                outcomes.append(error)
+        return outcomes
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_full_disk_is_said_in_words_whichever_library_finds_it(tmp_path, full, stacked):
+    lab, stage = Lab(Store(tmp_path / "root")), Weights(10_000, stacked)
+    full()
+    with pytest.raises(SafetensorError, match=r"os error 27"):  # the control: what the library itself says
+        save_file({"a": torch.zeros(10_000)}, tmp_path / "a")
+    with pytest.raises(UserError, match=r"File too large. Finished cells are kept"):
+        if stacked:
+            raise lab.store.make_together([stage], lab)[stage.key]
+        lab.folder(stage)
+    assert not [path for path in (tmp_path / "root" / "weights").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left.*free some space"),
+        (RuntimeError("[Errno 30] Read-only file system: 'x'"), "cannot be written.*PERSONA_COUPLING_CACHE"),
+        (OSError(122, "Disk quota exceeded"), "No space left"),
+        (ValueError("a shape (os error 2)"), None),
+        (ValueError("a shape"), None),
+    ],
+)
+def test_only_errors_of_the_disk_are_put_in_words(tmp_path, error, said):
+    with pytest.raises(UserError if said else type(error), match=said), storage.explained(tmp_path):
+        raise error

@@ -32,6 +32,8 @@ SPOILT = {
     "pickle, upper case": (lambda f: (f / "optimizer.PT").write_bytes(b"x"), r"optimizer\.PT may be pickled"),
     "code": (lambda f: edit(f / "config.json", auto_map={"AutoModel": "m.M"}), r"config\.json names code.*auto_map"),
     "nested code": (lambda f: edit(f / "tokenizer_config.json", a=[{"auto_map": "t.T"}]), "names code"),
+    "kernel": (lambda f: edit(f / "config.json", attn_implementation="o/kernel@main"), "names code.*attn_implementation"),
+    "kernel of a part": (lambda f: edit(f / "config.json", a={"_attn_implementation": {"": "o/n"}}), "names code"),
     "adapter": (lambda f: edit(f / "adapter_config.json", base_model_name_or_path="o/n"), "another model"),
     "traversal": (
         lambda f: edit(f / "model.safetensors.index.json", weight_map={"w": "../other.safetensors"}),
@@ -56,6 +58,7 @@ def test_a_model_folder_that_could_run_code_or_lead_out_is_refused(folder, name)
 
 
 def test_a_sound_folder_is_taken_and_large_json_is_not(folder, monkeypatch):
+    edit(folder / "config.json", _attn_implementation="sdpa")  # transformers' own
     assert Study.open("smoke", model=str(folder)).profile.model.kind == "local"
     monkeypatch.setattr(untrusted, "JSON_BYTES", 10)
     with pytest.raises(UserError, match="more than the 10 allowed"):

@@ -200,7 +200,8 @@ def _planned(arguments: argparse.Namespace, *, start: bool = False) -> tuple[Any
             )
         )
     if start and study.source in planned.missing and isinstance(study.source, models.WheelModel | models.TinyModel):
-        progress.build(progress.plan([study.source], store, speeds), store, settings.device, speeds)
+        first = progress.plan([study.source], store, speeds, check=not arguments.anyway)
+        progress.build(first, store, settings.device, speeds)
         planned = progress.plan(planned.stages, store, speeds, check=False)
     found = requirements.check(study.profile, study.source, planned.missing, store, settings)
     print("\n".join(found.lines))

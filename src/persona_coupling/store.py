@@ -27,8 +27,8 @@ from typing import Any, ClassVar
 
 from filelock import FileLock, Timeout
 
-from persona_coupling import paths, provenance, untrusted
-from persona_coupling.errors import CorruptArtifact, UserError
+from persona_coupling import paths, provenance, storage, untrusted
+from persona_coupling.errors import CorruptArtifact
 
 MANIFEST = "manifest.json"
 KEY_LENGTH = 20  # 80 bits: a collision among a million artifacts has probability 4e-13
@@ -266,7 +266,7 @@ class Store:
         if self.has(stage):
             return self.fetch(stage)
         lock_path = self.root / "locks" / f"{stage.key}.lock"
-        try:
+        with storage.explained(self.root):
             lock_path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(lock_path)
             try:
@@ -279,16 +279,14 @@ class Store:
                     self._build(stage, lab)
             finally:
                 lock.release()
-        except OSError as error:
-            raise UserError(_storage_message(error, self.root)) from error
         return self.fetch(stage)
 
     def make_together(self, stages: Sequence[Stage], lab: Lab) -> dict[str, Exception]:
         """Build stages of one stack key in one go, each under its own lock and written whole. Returns the errors of those
         that failed, by key. One that another process is making is left to it: `make` waits for it."""
         errors: dict[str, Exception] = {}
-        (self.root / "locks").mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as held:
+        with storage.explained(self.root), contextlib.ExitStack() as held:
+            (self.root / "locks").mkdir(parents=True, exist_ok=True)
             missing = []
             for stage in stages:
                 lock = FileLock(self.root / "locks" / f"{stage.key}.lock")
@@ -304,7 +302,7 @@ class Store:
                 seconds = (time.monotonic() - started) / len(missing)
                 for stage, folder, outcome in zip(missing, folders, outcomes, strict=True):
                     if isinstance(outcome, Exception):
-                        errors[stage.key] = outcome
+                        errors[stage.key] = storage.in_words(outcome, self.root)
                     else:
                         self._finish(stage, folder, lab, seconds, outcome)
             finally:
@@ -353,22 +351,6 @@ class Store:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-
-
-def _storage_message(error: OSError, root: Path) -> str:
-    import errno
-
-    if error.errno == errno.ENOSPC:
-        return (
-            f"No space left on the disk that holds {root}. Every finished cell is kept: free some space, or set "
-            "PERSONA_COUPLING_CACHE to a folder on a larger disk, and run again."
-        )
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return (
-            f"{error.filename or root} cannot be written ({error.strerror}). "
-            "Set PERSONA_COUPLING_CACHE to a folder that can, and run again."
-        )
-    return f"{error.filename or root}: {error.strerror or error}. Finished cells are kept; mend this and run again."
 
 
 class Lab:

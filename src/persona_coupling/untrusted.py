@@ -20,6 +20,8 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy",
 DATASETS = (".jsonl", ".json", ".ndjson")
 POINTER = "pointer.json"  # of an artifact that stands for a folder elsewhere, see `models`
 TABLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+CODE = ("auto_map", "custom_pipelines")  # keys of a configuration under which it names code
+KERNELS = tuple(f"{private}{part}_implementation" for private in ("", "_") for part in ("attn", "experts"))
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 REVISION = re.compile(r"[\w-][\w.-]*")
 
@@ -139,8 +141,11 @@ def _key_of_code(value: Any) -> str:
     while waiting:
         item = waiting.pop()
         if isinstance(item, dict):
-            for key in ("auto_map", "custom_pipelines"):
+            for key in CODE:
                 if item.get(key):
+                    return key
+            for key in KERNELS:  # `owner/name` is a kernel on the hub; words such as `sdpa` are transformers' own
+                if "/" in json.dumps(item.get(key)):
                     return key
             waiting += item.values()
         elif isinstance(item, list):
