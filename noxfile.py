@@ -74,7 +74,7 @@ def plan(session: nox.Session) -> None:
 
 @nox.session
 def clean(session: nox.Session) -> None:
-    """Remove artifacts that nothing refers to, after showing them: -- --stale [--yes]. Without, it explains itself."""
+    """Remove artifacts that nothing refers to or that are damaged, after showing them: -- --stale --damaged [--yes]."""
     command(session, "clean")
 
 

@@ -50,6 +50,7 @@ def test_clock_times_are_no_difference(pair):
         ("figures/smoke/a.svg", "<svg />"),
         ("figures/smoke/b.svg", "<svg/>"),
         ("paper/generated/smoke/00_x.json", '{"estimates": {"value": 0.51}, "stages": {}}'),
+        ("artifacts/change/abc/manifest.json", '{"key": "abc", "files": {"a": {"sha256": "0"}}}'),
         ("experiments/00_x/results/smoke/record.json", '{"cells": [2], "a": {}}'),
         ("experiments/00_x/lab_notes/smoke.ipynb", '{"text": "1.5 m"}'),
     ],

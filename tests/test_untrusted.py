@@ -32,7 +32,10 @@ SPOILT = {
     "pickle, upper case": (lambda f: (f / "optimizer.PT").write_bytes(b"x"), r"optimizer\.PT may be pickled"),
     "code": (lambda f: edit(f / "config.json", auto_map={"AutoModel": "m.M"}), r"config\.json names code.*auto_map"),
     "nested code": (lambda f: edit(f / "tokenizer_config.json", a=[{"auto_map": "t.T"}]), "names code"),
-    "kernel": (lambda f: edit(f / "config.json", attn_implementation="o/kernel@main"), "names code.*attn_implementation"),
+    "kernel": (
+        lambda f: edit(f / "config.json", attn_implementation="o/kernel@main"),
+        "names code.*attn_implementation",
+    ),
     "kernel of a part": (lambda f: edit(f / "config.json", a={"_attn_implementation": {"": "o/n"}}), "names code"),
     "adapter": (lambda f: edit(f / "adapter_config.json", base_model_name_or_path="o/n"), "another model"),
     "traversal": (

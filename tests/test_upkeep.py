@@ -112,3 +112,46 @@ def test_nothing_is_removed_while_a_lock_is_held(lab, monkeypatch):
     assert path.exists()
     upkeep.clean(lab.store, stale=True, yes=True)
     assert not lab.store.has(Rows(0.2)), "the control"
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def other(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+DAMAGE = {
+    "flip": (lambda f: flip(f / "x"), "x differs"),
+    "cut": (lambda f: (f / "x").write_text("x" * 999), "x differs"),
+    "absent": (lambda f: (f / "x").unlink(), "x is missing"),
+    "planted": (lambda f: (f / "z").write_text("z"), "file z is not in it"),
+    "manifest": (lambda f: (f / "manifest.json").write_text("{"), "cannot be read"),
+    "description": (lambda f: other(f / "manifest.json", description={"rate": 0.3}), "describes another"),
+    "key": (lambda f: other(f / "manifest.json", key="0" * 20), "describes another"),
+    "kind": (lambda f: other(f / "manifest.json", kind="read"), "describes another"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_what_is_damaged_is_found_and_made_again(lab, capsys, how):
+    """All at once, by manifests alone: what is whole stays, and whether a design refers to it is not asked."""
+    whole, broken = lab.folder(Read(Rows(0.2))), lab.folder(Rows(0.1))
+    upkeep.clean(lab.store, stale=False, damaged=True, yes=True)
+    assert "0 damaged ones" in capsys.readouterr().out, "the control"
+    spoil, said = DAMAGE[how]
+    spoil(broken)
+    upkeep.clean(lab.store, stale=False, damaged=True, yes=False)  # nobody to ask in a test
+    assert broken.is_dir()
+    shown = capsys.readouterr().out
+    assert f"rows/{broken.name}" in shown
+    assert said in shown
+    with FileLock(lab.store.root / "locks" / f"{broken.name}.lock"), pytest.raises(UserError, match="is making"):
+        upkeep.clean(lab.store, stale=False, damaged=True, yes=True)
+    upkeep.clean(lab.store, stale=False, damaged=True, yes=True)
+    assert not broken.exists()
+    assert whole.is_dir()
+    assert (Lab(Store(lab.store.root)).folder(Rows(0.1)) / "x").read_text() == "x" * 1000

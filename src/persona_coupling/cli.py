@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import notebooks, outputs, paths, website
+from persona_coupling import notebooks, outputs, paths, profiles, website
 from persona_coupling.errors import GuardError, UserError
-from persona_coupling.study import STORED_ONLY
+from persona_coupling.study import STORED_ONLY, disagreement
 
 # Large blocks stay in the heap instead of being mapped and returned on every step: half the page faults on a CPU
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             commands.choices[name].add_argument("--notes", action="store_true", help="execute the lab notes again too")
     cleaning = commands.add_parser("clean", help="remove artifacts that no design and no stored result refers to")
     cleaning.add_argument("--stale", action="store_true", help="show them and ask; without it nothing is done")
+    cleaning.add_argument("--damaged", action="store_true", help="likewise artifacts that differ from their manifest")
     cleaning.add_argument("--yes", action="store_true", help="do not ask")
     cleaning.add_argument("--seeds", default="", help="seeds of a run without stored results, to be kept, e.g. 7,8")
     cleaning.add_argument("--model", default="", help="a model of a run without stored results, to be kept")
@@ -218,12 +219,13 @@ def plan(arguments: argparse.Namespace) -> None:
 
 
 def clean(arguments: argparse.Namespace) -> None:
-    """Remove what nothing refers to, after showing it."""
+    """Remove what nothing refers to, or what is damaged, after showing it."""
     from persona_coupling import upkeep
     from persona_coupling.store import Store
 
     store, seeds = Store(paths.artifacts()), _seeds(arguments.seeds)
-    upkeep.clean(store, stale=arguments.stale, yes=arguments.yes, seeds=seeds, model=arguments.model)
+    asked = {"stale": arguments.stale, "damaged": arguments.damaged, "yes": arguments.yes}
+    upkeep.clean(store, **asked, seeds=seeds, model=arguments.model)
 
 
 def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[notebooks.Experiment, ...]]:
@@ -277,8 +279,13 @@ def combine(arguments: argparse.Namespace) -> None:
         results = evidence.combine([evidence.read(folder) for folder in folders])
         if results.record["profile"]["name"] != name:
             raise UserError(f"The parts are of the profile {results.record['profile']['name']}, not {name}.")
+        seeds = results.record["profile"]["seeds"]
+        design = notebooks.design_of(experiment, {"profile": name, "seeds": seeds, "model": ""})
+        other = disagreement(results.record, profiles.load(name), design)
+        if other:
+            raise UserError(f"The parts in {', '.join(map(str, folders))} {other}. Make them again.")
         results.save(experiment.results(name))
-        print(f"  {experiment.name}: {len(folders)} parts, seeds {results.record['profile']['seeds']}")
+        print(f"  {experiment.name}: {len(folders)} parts, seeds {seeds}")
 
 
 def reproduce(arguments: argparse.Namespace) -> None:
@@ -302,7 +309,11 @@ def reproduce(arguments: argparse.Namespace) -> None:
     print(f"  figures    {_short(paths.figures(name))}/")
     print(f"  tables     {_short(paths.generated(name))}/")
     print(f"  paper      {_short(pdf)}")
-    print(f"  ledger     {_short(ledger.write(name, entries))}")
+    try:
+        kept = _short(ledger.write(name, entries))
+    except OSError as error:  # a cache that is only read
+        kept = f"not kept: {error.filename}: {error.strerror}"
+    print(f"  ledger     {kept}")
     print_claims(name)
     print(ledger.text(entries))
 

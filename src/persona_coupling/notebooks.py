@@ -8,10 +8,12 @@ nothing). The plan is read by running these two cells, so that what is planned i
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,27 +164,27 @@ def execute(experiment: Experiment, parameters: dict[str, Any]) -> Path:
     check_parameters(experiment, parameters)
     note = experiment.lab_note(str(parameters["profile"]))
     note.parent.mkdir(parents=True, exist_ok=True)
-    work = paths.artifacts() / "notebooks"
-    work.mkdir(parents=True, exist_ok=True)
-    source, partial = work / f"{experiment.name}-{os.getpid()}.ipynb", note.with_suffix(".failed.ipynb")
+    partial = note.with_suffix(".failed.ipynb")
     notebook = jupytext.read(experiment.notebook)
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    jupytext.write(notebook, source)
-    try:
-        with _kernel_of_this_interpreter(work) as kernel:
-            papermill.execute_notebook(
-                str(source),
-                str(partial),
-                parameters=parameters,
-                kernel_name=kernel,
-                cwd=str(paths.repository()),
-                progress_bar=False,
-                log_output=False,
-            )
-    except PapermillExecutionError as error:
-        raise UserError(f"{experiment.name} failed: {error.ename}: {error.evalue}. See {partial}.") from error
-    finally:
-        source.unlink(missing_ok=True)
+    with _workplace() as work:
+        source = work / f"{experiment.name}-{os.getpid()}.ipynb"
+        try:
+            jupytext.write(notebook, source)
+            with _kernel_of_this_interpreter(work) as kernel:
+                papermill.execute_notebook(
+                    str(source),
+                    str(partial),
+                    parameters=parameters,
+                    kernel_name=kernel,
+                    cwd=str(paths.repository()),
+                    progress_bar=False,
+                    log_output=False,
+                )
+        except PapermillExecutionError as error:
+            raise UserError(f"{experiment.name} failed: {error.ename}: {error.evalue}. See {partial}.") from error
+        finally:
+            source.unlink(missing_ok=True)
     outputs.write(note, _timeless(partial))
     partial.unlink()
     return note
@@ -202,6 +204,19 @@ def _timeless(path: Path) -> str:
     text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
     text = ADDRESS.sub("", text)
     return text.replace(str(paths.repository()) + "/", "").replace(str(paths.repository()), ".")
+
+
+@contextmanager
+def _workplace() -> Iterator[Path]:
+    """A folder for what is executed: in the cache, or a temporary one where the cache can only be read."""
+    work = paths.artifacts() / "notebooks"
+    with contextlib.suppress(OSError):
+        work.mkdir(parents=True, exist_ok=True)
+    if os.access(work, os.W_OK):
+        yield work
+    else:
+        with tempfile.TemporaryDirectory(prefix="notebooks-") as folder:
+            yield Path(folder)
 
 
 @contextmanager

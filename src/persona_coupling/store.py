@@ -259,7 +259,10 @@ class Store:
         return folder
 
     def _remedy(self, stage: Stage) -> str:
-        return f"Delete the folder {self.folder(stage)} and run again: it will be rebuilt, all else is kept."
+        return (
+            f"Delete the folder {self.folder(stage)} and run again: it will be rebuilt, all else is kept. "
+            "(`nox -s clean -- --damaged` finds all that are damaged.)"
+        )
 
     def make(self, stage: Stage, lab: Lab) -> Path:
         """Fetch the artifact, building it first if it does not exist. One writer at a time, across processes."""

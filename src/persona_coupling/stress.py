@@ -155,10 +155,11 @@ def leftovers(root: Path) -> list[str]:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Output files that are not the same in two copies, clock times and durations aside: results, notes, figures, tables.
-    The PDF prints minutes of compute: see `papers`."""
+    """Output files that are not the same in two copies, clock times and durations aside: results, notes, figures, tables,
+    and manifests, which name the hash of every file of an artifact. The PDF prints minutes of compute: see `papers`."""
     found = []
     patterns = ("experiments/*/results/**/*", "experiments/*/lab_notes/*", "figures/**/*", "paper/generated/**/*")
+    patterns += (f"artifacts/*/*/{MANIFEST}",)
     names = [
         {str(p.relative_to(root)) for pattern in patterns for p in root.glob(pattern) if p.is_file()}
         for root in (one, other)

@@ -384,22 +384,37 @@ class Results:
             path = untrusted.table_path(folder, name)
             if not path.is_file() or sha256_of(path) != recorded:
                 raise UserError(f"{path} differs from its record. Restore it, or: {again}")
+        other = disagreement(record, profile, design)
+        if other:
+            raise UserError(f"The results in {folder} {other}. {again}")
         # thresholds and words are applied to stored observations as they are today; all else made them
         today = {name: value for name, value in profile.as_dict().items() if name in JUDGED}
-        free = dict.fromkeys((*JUDGED, "seeds", "model"))
-        stored, current = {**record["profile"], **free}, {**profile.as_dict(), **free}
         record["profile"] = {**record["profile"], **today}
-        if stored != current:
-            changed = [name for name in current if stored.get(name) != current[name]]
-            raise UserError(f"The results in {folder} were made with other values of {', '.join(changed)}. {again}")
-        asked = design.values.as_dict() if design.values else {}
-        if record.get("values", {}) != asked:
-            raise UserError(f"The results in {folder} were made with other values of the experiment's own. {again}")
-        wanted = {cell.condition for cell in design.cells} | {o.condition for o in design.observations}
-        have = {cell["condition"] for cell in record["cells"]} | set(record["observed"])
-        if wanted != have:
-            raise UserError(f"The results in {folder} lack or exceed the design by {sorted(wanted ^ have)}. {again}")
         return cls({name: read_table(folder / f"{name}.parquet") for name in record["files"]}, record)
+
+
+def disagreement(record: dict[str, Any], profile: Profile, design: Design) -> str:
+    """In what a record of results departs from a profile and a design, seeds and model aside, as the end of a sentence;
+    empty if in nothing."""
+    free = dict.fromkeys((*JUDGED, "seeds", "model"))
+    stored, current = {**record["profile"], **free}, {**profile.as_dict(), **free}
+    if stored != current:
+        changed = [name for name in {**current, **stored} if stored.get(name) != current.get(name)]
+        return f"were made with other values of {', '.join(changed)}"
+    if record.get("values", {}) != (design.values.as_dict() if design.values else {}):
+        return "were made with other values of the experiment's own"
+    wanted = {cell.condition for cell in design.cells} | {o.condition for o in design.observations}
+    have = {cell["condition"] for cell in record["cells"]} | set(record["observed"])
+    if wanted != have:
+        return f"lack or exceed the design by {sorted(wanted ^ have)}"
+    factors = {cell.condition: dict(cell.factors) for cell in design.cells}
+    other = sorted({c["condition"] for c in record["cells"] if c["factors"] != factors.get(c["condition"])})
+    if other:
+        return f"name other factors than the design of {', '.join(other)}"
+    seeds = {cell["seed"] for cell in record["cells"]}
+    if seeds and seeds != set(record["profile"]["seeds"]):
+        return f"have cells of the seeds {sorted(seeds)}, their profile says {record['profile']['seeds']}"
+    return ""
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Keeping the store small: what nothing refers to any more is shown, and removed when that is asked for.
+"""Keeping the store small and whole: what nothing refers to any more, and what is damaged, is shown, and removed when
+that is asked for.
 
 An artifact is referred to by the design of any experiment under any profile that is shipped, with the profile's seeds and
 those of stored results, and by the record of any stored result. What is left over was made by other code, other values,
@@ -10,6 +11,7 @@ artifact.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -25,13 +27,14 @@ from filelock import FileLock, Timeout
 
 from persona_coupling import notebooks, profiles, untrusted
 from persona_coupling.errors import UserError
-from persona_coupling.store import KEY_LENGTH, MANIFEST, Store
+from persona_coupling.store import KEY_LENGTH, MANIFEST, Store, canonical_json, sha256_of
 
 KEY = re.compile(rf"[0-9a-f]{{{KEY_LENGTH}}}")
 TEMPORARY = re.compile(rf"\.([0-9a-f]{{{KEY_LENGTH}}})\..+")
 EXPLANATION = """`nox -s clean -- --stale` shows which artifacts no design and no stored result refers to, with their sizes,
 asks, and removes them; `--yes` does not ask. Temporary folders of writers that died and unused lock files go too.
 `--seeds 7,8` and `--model FOLDER` name a run of which no results are stored yet: its artifacts are kept.
+`--damaged` does the same with artifacts that are not what their manifest says: the next run makes them again.
 Nothing was removed."""
 
 
@@ -50,21 +53,28 @@ class Leftovers:
     """What can be removed from a store, and what is left alone because somebody holds its lock."""
 
     stale: list[Leftover] = field(default_factory=list)
+    damaged: list[Leftover] = field(default_factory=list)
     temporary: list[Leftover] = field(default_factory=list)
     locks: list[Path] = field(default_factory=list)
     held: list[str] = field(default_factory=list)  # keys
     kept: int = 0
 
+    @property
+    def folders(self) -> list[Leftover]:
+        """All that goes, each once."""
+        return list({left.path: left for left in (*self.stale, *self.temporary, *self.damaged)}.values())
+
     def text(self) -> str:
         """For people: every folder with its size."""
         lines = [
             f"  {_megabytes(left.bytes):>10}  {left.path.parent.name}/{left.path.name}  {left.what}"
-            for left in (*self.stale, *self.temporary)
+            for left in self.folders
         ]
-        total = sum(left.bytes for left in (*self.stale, *self.temporary))
+        total = _megabytes(sum(left.bytes for left in self.folders))
         lines.append(
-            f"  {len(self.stale)} artifacts that nothing refers to, {len(self.temporary)} temporary folders, "
-            f"{len(self.locks)} unused lock files: {_megabytes(total)}. {self.kept} artifacts are referred to."
+            f"  {len(self.stale)} artifacts that nothing refers to, {len(self.damaged)} damaged ones, "
+            f"{len(self.temporary)} temporary folders, {len(self.locks)} unused lock files: {total}. "
+            f"{self.kept} artifacts are kept."
         )
         return "\n".join(lines)
 
@@ -139,6 +149,43 @@ def leftovers(store: Store, keys: set[str]) -> Leftovers:
     return found
 
 
+def damage(store: Store) -> Leftovers:
+    """The artifacts of a store that are not what their own manifest says; reads every byte, and skips what is locked."""
+    found = Leftovers()
+    for path in sorted(store.root.glob(f"*/*/{MANIFEST}")):
+        folder = path.parent
+        if not KEY.fullmatch(folder.name) or folder.is_symlink() or folder.parent.is_symlink():
+            continue  # not ours
+        if _held(store, folder.name):
+            found.held.append(folder.name)
+        elif fault := fault_of(folder):
+            found.damaged.append(Leftover(folder, folder.name, fault, _size(folder)))
+        else:
+            found.kept += 1
+    return found
+
+
+def fault_of(folder: Path) -> str:
+    """What is wrong with an artifact by its manifest alone, without knowing its stage; empty if nothing is. The name of
+    a folder is the hash of the description in it."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        key = hashlib.sha256(canonical_json(manifest["description"]).encode()).hexdigest()[:KEY_LENGTH]
+        if not folder.name == key == manifest["key"] or folder.parent.name != manifest["kind"]:
+            return f"{MANIFEST} describes another artifact"
+        files = {name: (recorded["bytes"], recorded["sha256"]) for name, recorded in manifest["files"].items()}
+        untrusted.check_files(folder, files, MANIFEST)
+    except (AttributeError, OSError, RecursionError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read or does not fit ({type(error).__name__}: {error})"
+    for name, recorded in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if (path.stat().st_size, sha256_of(path)) != recorded:
+            return f"{name} differs from its manifest"
+    return ""
+
+
 def _is_artifact(path: Path) -> bool:
     """Whether a folder's manifest says that it is this very artifact."""
     try:
@@ -186,7 +233,7 @@ def _held(store: Store, key: str) -> bool:
 def remove(found: Leftovers, store: Store) -> int:
     """Remove them, each under its lock; returns the bytes that were freed. What somebody has locked meanwhile stays."""
     freed = 0
-    for left in (*found.stale, *found.temporary):
+    for left in found.folders:
         with _holding(store, left.key) as free:
             if free and left.path.exists():
                 doomed = left.path
@@ -194,27 +241,33 @@ def remove(found: Leftovers, store: Store) -> int:
                     doomed = doomed.rename(doomed.parent / f".{left.key}.{os.getpid()}")
                 shutil.rmtree(doomed)
                 freed += left.bytes
-    for path in dict.fromkeys((*found.locks, *(_lock(store, left.key) for left in (*found.stale, *found.temporary)))):
+    for path in dict.fromkeys((*found.locks, *(_lock(store, left.key) for left in found.folders))):
         with _holding(store, path.stem) as free:
             if free:  # whoever opened the file before this looks whether it is still there, and opens a new one
                 path.unlink(missing_ok=True)
     return freed
 
 
-def clean(store: Store, *, stale: bool, yes: bool, seeds: list[int] | None = None, model: str = "") -> None:
-    """The command. Without `stale` it explains itself. Raises UserError while any lock is held: a run that is under way
-    may have made artifacts for seeds or a model that no design names."""
-    if not stale:
+def clean(
+    store: Store, *, stale: bool, yes: bool, damaged: bool = False, seeds: list[int] | None = None, model: str = ""
+) -> None:
+    """The command. With neither `stale` nor `damaged` it explains itself. Raises UserError while any lock is held: a run
+    that is under way may have made artifacts for seeds or a model that no design names, and reads those it has checked."""
+    if not stale and not damaged:
         print(EXPLANATION)
         return
-    found = leftovers(store, referred(seeds, model))
+    found = leftovers(store, referred(seeds, model)) if stale else Leftovers()
+    if damaged:
+        looked = damage(store)
+        found.damaged, found.kept = looked.damaged, looked.kept - len(found.stale)
+        found.held = sorted({*found.held, *looked.held})
     print(found.text())
     if found.held:
         raise UserError(
             f"Another process is making {', '.join(found.held[:3])}; what it made before may be among these. Nothing was "
             "removed: run again when it is done."
         )
-    if not (found.stale or found.temporary or found.locks):
+    if not (found.folders or found.locks):
         return
     if not yes:
         if not sys.stdin.isatty():
