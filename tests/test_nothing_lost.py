@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -20,10 +21,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from persona_coupling import cli, evidence, figures, outputs, storage, tables
+from persona_coupling import cli, evidence, figures, notebooks, outputs, profiles, storage, tables
 from persona_coupling.errors import UserError
 from persona_coupling.store import Lab, Stage, Store
-from persona_coupling.study import Results, read_table
+from persona_coupling.study import Design, Results, Study, disagreement, read_table
 from persona_coupling.verification import ledger
 
 
@@ -96,7 +97,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import pandas as pd
-from persona_coupling.study import Results, read_table
+from persona_coupling.study import Design, Results, Study, disagreement, read_table
 rename, left = Path.rename, int(sys.argv[2])
 def counted(self, target):
     global left
@@ -266,3 +267,45 @@ def test_a_full_disk_is_said_in_words_whichever_library_finds_it(tmp_path, full,
 def test_only_errors_of_the_disk_are_put_in_words(tmp_path, error, said):
     with pytest.raises(UserError if said else type(error), match=said), storage.explained(tmp_path):
         raise error
+
+
+RECORDS = {
+    "profile": (lambda r: r["profile"]["sft"].update(steps=99), "other values of sft"),
+    "profile, a field more": (lambda r: r["profile"].update(more=1), "other values of more"),
+    "values": (lambda r: r["values"].update(x=1), "values of the experiment's own"),
+    "condition": (lambda r: r["cells"].pop(0), "exceed the design by"),
+    "factors": (lambda r: r["cells"][0]["factors"].update(sft="other"), "other factors than the design of A"),
+    "seed": (lambda r: r["cells"][0].update(seed=7), r"have cells of the seeds \[7\], their profile says \[0\]"),
+    "seeds": (lambda r: r["profile"].update(seeds=[0, 1]), r"their profile says \[0, 1\]"),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_results_must_be_those_of_profile_and_design(name):
+    """A record that was edited, damaged, or made for other values: written out by hand, for one cell each."""
+    profile = profiles.load("smoke")
+    study = Study(profile, lab=None)
+    design = Design([study.cell("A", study.raw, seed=0, sft="none", coupling="no")])
+    record = {
+        "profile": {**profile.as_dict(), "seeds": [0]},
+        "values": {},
+        "cells": [{"condition": "A", "seed": 0, "factors": {"sft": "none", "coupling": "no"}}],
+        "observed": [],
+    }
+    record = json.loads(json.dumps(record))
+    assert disagreement(record, profile, design) == "", "the control"
+    change, said = RECORDS[name]
+    change(record)
+    assert re.search(said, disagreement(record, profile, design))
+
+
+def test_lab_notes_are_executed_elsewhere_if_the_cache_can_only_be_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("PERSONA_COUPLING_CACHE", str(tmp_path / "cache"))
+    with notebooks._workplace() as work:
+        assert work == tmp_path / "cache" / "notebooks", "the control"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PERSONA_COUPLING_CACHE", str(tmp_path / "file"))  # no folder can be made in it
+    with notebooks._workplace() as work:
+        assert os.access(work, os.W_OK)
+        assert not work.is_relative_to(tmp_path / "file")
+    assert not work.exists()

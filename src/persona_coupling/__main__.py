@@ -2,8 +2,8 @@
 
 import sys
 
-from persona_coupling.cli import main, settle_allocator
+from persona_coupling.cli import main, settle_process
 
 if __name__ == "__main__":
-    settle_allocator()
+    settle_process()
     sys.exit(main())

@@ -18,13 +18,15 @@ from persona_coupling.study import STORED_ONLY, disagreement
 
 # Large blocks stay in the heap instead of being mapped and returned on every step: half the page faults on a CPU
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+# PEFT writes the names of its modules as a set gives them: by hash, which Python draws anew for each process
+SETTLED = MALLOC | {"PYTHONHASHSEED": "0"}
 LARGE = 5  # times SmolLM2-135M: from here on a model fills the card alone
 
 
-def settle_allocator() -> None:
-    """Start this process again with the allocator settings, which the C library reads at start only."""
-    if any(name not in os.environ for name in MALLOC):
-        os.environ.update(MALLOC)
+def settle_process() -> None:
+    """Start this process again with the settings that the C library and Python read at start only."""
+    if any(name not in os.environ for name in SETTLED):
+        os.environ.update(SETTLED)
         os.execv(sys.executable, [sys.executable, "-m", "persona_coupling", *sys.argv[1:]])
 
 

@@ -29,6 +29,10 @@ from persona_coupling.store import MANIFEST, sha256_of
 # What names a clock time or a duration differs between any two runs, and is left out of the comparison.
 CLOCKS = {"made", "seconds", "stages", "compute_minutes", "evaluation_seconds"}
 MINUTES = re.compile(r"\d+(\.\d+)?( |\\u00a0)?min(utes)?\b|compute minutes\D{1,60}\d+(\.\d+)?")  # as notes print them
+OUTPUTS = (
+    "experiments/*/results/**/*", "experiments/*/lab_notes/*", "figures/**/*", "paper/generated/**/*",
+    f"artifacts/*/*/{MANIFEST}",
+)  # fmt: skip
 POLL = 0.05  # seconds between looks at a run that is to be killed
 DRAWING = "typesetting or writing the PDF"
 AIMED = 0.2  # share of the kills that wait for the PDF: it takes a second or two, which moments alone seldom hit
@@ -158,10 +162,8 @@ def differences(one: Path, other: Path) -> list[str]:
     """Output files that are not the same in two copies, clock times and durations aside: results, notes, figures, tables,
     and manifests, which name the hash of every file of an artifact. The PDF prints minutes of compute: see `papers`."""
     found = []
-    patterns = ("experiments/*/results/**/*", "experiments/*/lab_notes/*", "figures/**/*", "paper/generated/**/*")
-    patterns += (f"artifacts/*/*/{MANIFEST}",)
     names = [
-        {str(p.relative_to(root)) for pattern in patterns for p in root.glob(pattern) if p.is_file()}
+        {str(p.relative_to(root)) for pattern in OUTPUTS for p in root.glob(pattern) if p.is_file()}
         for root in (one, other)
     ]
     for name in sorted(names[0] | names[1]):
