@@ -183,6 +183,32 @@ def test_results_of_other_profile_values_are_refused(root: Path) -> None:
     assert "other values of sft" in done.stderr
 
 
+def test_parts_of_another_design_are_refused_before_anything_is_replaced(root: Path, tmp_path: Path) -> None:
+    """Whole, consistent and with the right hashes, but of values or factors that no design here has."""
+    own = root / "experiments/00_replication/results/smoke"
+    before = {path.name: path.read_bytes() for path in own.iterdir()}
+
+    def combined(**changes: object) -> subprocess.CompletedProcess[str]:
+        shutil.rmtree(tmp_path / "part", ignore_errors=True)
+        shutil.copytree(own, tmp_path / "part" / "00_replication")
+        record = tmp_path / "part" / "00_replication" / "record.json"
+        record.write_text(json.dumps({**json.loads(before["record.json"]), **changes}))
+        return run(root, "combine", "--profile", "smoke", str(tmp_path / "part"), check=False)
+
+    record = json.loads(before["record.json"])
+    record["cells"][0]["factors"]["sft"] = "another"
+    for changes, said in (
+        ({"profile": {**record["profile"], "instruction": "Be."}}, "other values of instruction"),
+        ({"cells": record["cells"]}, "other factors than the design"),
+    ):
+        done = combined(**changes)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+        assert {path.name: path.read_bytes() for path in own.iterdir()} == before
+    assert "1 parts, seeds [0, 1]" in combined().stdout, "the control"
+    for name, content in before.items():
+        (own / name).write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

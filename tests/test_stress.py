@@ -94,8 +94,9 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_second_waits_for_its_turn(tmp_path, monkeypatch):
-    """While another process holds the lock, a run says that it waits; the lock of a process that dies is free."""
+@pytest.mark.parametrize("wait", [outputs.turn, outputs.at_rest])
+def test_the_second_waits_for_its_turn(tmp_path, monkeypatch, wait):
+    """While another process holds the lock, a run or a check says that it waits; the lock of a dead process is free."""
     monkeypatch.setattr(paths, "repository", lambda: tmp_path)
     hold = """
 import sys, time
@@ -116,12 +117,23 @@ time.sleep(60)
         holder.kill()
 
     started = time.monotonic()
-    with outputs.turn(say), pytest.raises(TimeoutError):
+    with wait(say), pytest.raises(TimeoutError):
         FileLock(tmp_path / outputs.LOCK).acquire(timeout=0)
     assert said
     assert time.monotonic() - started < 30
     holder.wait()
     holder.stdout.close()
+
+
+def test_a_checkout_that_can_only_be_read_is_at_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "repository", lambda: tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with outputs.at_rest():
+        assert not list(tmp_path.iterdir()), "no lock is made"
+    monkeypatch.undo()
+    monkeypatch.setattr(paths, "repository", lambda: tmp_path)
+    with outputs.at_rest():
+        assert [path.name for path in tmp_path.iterdir()] == [outputs.LOCK], "the control"
 
 
 @pytest.fixture

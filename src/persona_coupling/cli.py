@@ -409,7 +409,8 @@ def verify(arguments: argparse.Namespace) -> int:
     """Whether the committed claims hold. 0 they do, 1 some do not, 2 could not be checked."""
     from persona_coupling.verification import verify as verification
 
-    return verification.main(stored_profile(arguments.profile), arguments.workers)
+    with outputs.at_rest():
+        return verification.main(stored_profile(arguments.profile), arguments.workers)
 
 
 def mutate(arguments: argparse.Namespace) -> int:

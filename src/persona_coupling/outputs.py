@@ -87,6 +87,24 @@ def sweep() -> None:
 def turn(say: Callable[[str], None] = print) -> Iterator[None]:
     """Inside, this process alone writes results, notes, figures and the paper of this checkout; others wait. The system
     releases the lock of a process that dies."""
+    with _locked(say):
+        sweep()
+        yield
+
+
+@contextmanager
+def at_rest(say: Callable[[str], None] = print) -> Iterator[None]:
+    """Inside, no other process writes: for who reads all of a checkout and compares. In one that cannot be written to,
+    nobody does."""
+    if os.access(paths.repository(), os.W_OK):
+        with _locked(say):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _locked(say: Callable[[str], None]) -> Iterator[None]:
     lock = FileLock(paths.repository() / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -94,7 +112,6 @@ def turn(say: Callable[[str], None] = print) -> Iterator[None]:
         say("waiting for another process that writes results or the paper of this checkout")
         lock.acquire()
     try:
-        sweep()
         yield
     finally:
         lock.release()
