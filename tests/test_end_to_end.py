@@ -253,6 +253,32 @@ def test_a_corrupted_artifact_is_named_and_mended_by_deleting_it(root: Path) -> 
             victim.write_bytes(original)
 
 
+def test_plan_says_why_a_cell_of_stored_results_is_stale(root: Path) -> None:
+    """An evaluation as other code would have left it, with results made from it: stale, and the module is named."""
+    place = root / "experiments/00_replication/results/smoke/record.json"
+    text = place.read_text()
+    record = json.loads(text)
+    cell = record["cells"][0]
+    folder = root / "artifacts/evaluation" / cell["evaluation"]
+    manifest, old = json.loads((folder / "manifest.json").read_text()), folder.with_name("1" * 20)
+    module = next(name for name in manifest["made_of"] if name.startswith("persona_coupling."))
+    shutil.copytree(folder, old)
+    other = {**manifest, "key": old.name, "made_of": {**manifest["made_of"], module: "0" * 20}}
+    other["description"]["code"][1] = "0" * 20
+    (old / "manifest.json").write_text(json.dumps(other))
+    folder.rename(hidden := root / "artifacts" / "hidden")
+    place.write_text(json.dumps({**record, "stages": {**record["stages"], old.name: 1.0}}))
+    try:
+        said = run(root, "plan", "--profile", "smoke", "--only", "00", "--cells").stdout
+    finally:
+        hidden.rename(folder)
+        shutil.rmtree(old)
+        place.write_text(text)
+    assert re.search(rf"00 {cell['condition']} +{cell['seed']}  stale .* 1 Evaluate  \(1\)", said), said
+    assert f"(1) {module.removeprefix('persona_coupling.')} changed (rows: 1)" in said
+    assert "31 cached, 1 stale, 0 new" in said, said
+
+
 def test_one_flipped_bit_in_any_kind_of_artifact_is_found(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every file of one artifact of every kind: a flip, a cut, an absence; each named, none used."""
     from persona_coupling import notebooks

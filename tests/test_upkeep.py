@@ -58,6 +58,14 @@ def test_another_seed_and_what_others_ask_for_are_no_relatives(lab):
     assert why(lab, Rows(0.2))[Rows(0.2).key].relative is not None, "the control"
 
 
+def test_what_only_stored_results_name_is_kept_but_no_design(monkeypatch):
+    monkeypatch.setattr(upkeep.notebooks, "discover", lambda: ())
+    record = {"profile": {"seeds": [0]}, "stages": {"a" * 20: 1.0}}
+    monkeypatch.setattr(upkeep, "_stored", lambda: [("00_x", "of another time", record)])
+    assert upkeep.referred() == {"a" * 20}
+    assert upkeep.designed() == set()
+
+
 @pytest.mark.parametrize(("named", "said"), [(True, "score changed"), (False, "one of its 2 modules changed")])
 def test_the_module_that_changed_is_named(lab, monkeypatch, named, said):
     lab.folder(Rows(0.1))

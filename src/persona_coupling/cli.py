@@ -199,7 +199,7 @@ def _planned(arguments: argparse.Namespace, *, start: bool = False) -> tuple[Any
 
         print(
             staleness.text(
-                staleness.rows(designs, planned, store, speeds, elsewhere=upkeep.referred, megabytes=megabytes)
+                staleness.rows(designs, planned, store, speeds, elsewhere=upkeep.designed, megabytes=megabytes)
             )
         )
     if start and study.source in planned.missing and isinstance(study.source, models.WheelModel | models.TinyModel):

@@ -101,7 +101,8 @@ def explain(
     stages: Sequence[Stage], missing: Sequence[Stage], store: Store, elsewhere: Callable[[], Set[str]] = frozenset
 ) -> dict[str, Why]:
     """Why each missing stage is missing, by key. `stages`, parents first, is all that the plan asks for, `elsewhere`
-    gives the keys that others do: an artifact that somebody asks for is no relative, since nothing became of it."""
+    gives the keys that other designs ask for. What a design asks for is no relative, since nothing became of it; what
+    only stored results name may be one: they are what is stale."""
     lacking = {stage.key for stage in missing}
     types, asked = {type(stage).__name__ for stage in missing}, {stage.key for stage in stages}
     artifacts = {t: {k: a for k, a in of.items() if k not in asked} for t, of in kept(store).items() if t in types}

@@ -89,23 +89,35 @@ def _megabytes(count: int) -> str:
 def referred(seeds: list[int] | None = None, model: str = "") -> set[str]:
     """Keys of all artifacts that a shipped design or a stored result refers to, and of a run with other seeds or another
     model if these are given. Raises UserError when a design or a record cannot be read: then nobody knows."""
+    return designed(seeds, model) | {str(key) for _, _, stored in _stored() for key in stored["stages"]}
+
+
+def designed(seeds: list[int] | None = None, model: str = "") -> set[str]:
+    """`referred` without what stored results name: what today's code would ask for."""
     experiments = notebooks.discover()
     runs: set[tuple[str, str, str, tuple[int, ...]]] = set()  # experiment, profile, model, seeds
-    keys: set[str] = set()
     for experiment in experiments:
         runs |= {(experiment.name, name, "", ()) for name in profiles.names()}
         if seeds or model:
             runs |= {(experiment.name, name, model, tuple(seeds or ())) for name in profiles.names()}
-        for path in sorted((experiment.folder / "results").glob("*/record.json")):
-            stored = _record(path)
-            keys |= {str(key) for key in stored["stages"]}
-            if path.parent.name in profiles.names():
-                runs.add((experiment.name, path.parent.name, "", tuple(stored["profile"]["seeds"])))
+    runs |= {
+        (experiment, profile, "", tuple(stored["profile"]["seeds"]))
+        for experiment, profile, stored in _stored()
+        if profile in profiles.names()
+    }
     by_name = {experiment.name: experiment for experiment in experiments}
+    keys: set[str] = set()
     for name, profile, other, chosen in sorted(runs):
         parameters = {"profile": profile, "seeds": list(chosen), "model": other}
         keys |= {stage.key for stage in notebooks.design_of(by_name[name], parameters).stages()}
     return keys
+
+
+def _stored() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Experiment, profile and record of all stored results."""
+    for experiment in notebooks.discover():
+        for path in sorted((experiment.folder / "results").glob("*/record.json")):
+            yield experiment.name, path.parent.name, _record(path)
 
 
 def _record(path: Path) -> dict[str, Any]:
