@@ -238,19 +238,22 @@ class Weights(Stage):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_a_full_disk_is_said_in_words_whichever_library_finds_it(tmp_path, full, stacked):
+def test_a_full_disk_is_said_in_words_whichever_library_finds_it(tmp_path, stacked):
     lab, stage = Lab(Store(tmp_path / "root")), Weights(10_000, stacked)
-    full()
-    with pytest.raises(SafetensorError, match=r"os error 27"):  # the control: what the library itself says
-        save_file({"a": torch.zeros(10_000)}, tmp_path / "a")
-    if stacked:
-        said = lab.store.make_together([stage], lab)[stage.key]
-    else:
-        with pytest.raises(UserError) as caught:
+    bare = worded = ""
+    with full():
+        try:
+            save_file({"a": torch.zeros(10_000)}, tmp_path / "a")
+        except SafetensorError as error:
+            bare = str(error)  # the control: what the library itself says
+        try:
+            if stacked:
+                raise lab.store.make_together([stage], lab)[stage.key]
             lab.folder(stage)
-        said = caught.value
-    assert isinstance(said, UserError)
-    assert "File too large. Finished cells are kept" in str(said)
+        except UserError as error:
+            worded = str(error)
+    assert "os error 27" in bare
+    assert "File too large. Finished cells are kept" in worded
     assert not list((tmp_path / "root" / "weights").iterdir())
 
 
