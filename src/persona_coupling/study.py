@@ -408,7 +408,7 @@ def disagreement(record: dict[str, Any], profile: Profile, design: Design) -> st
     if wanted != have:
         return f"lack or exceed the design by {sorted(wanted ^ have)}"
     factors = {cell.condition: dict(cell.factors) for cell in design.cells}
-    other = sorted({c["condition"] for c in record["cells"] if c["factors"] != factors.get(c["condition"])})
+    other = sorted({c["condition"] for c in record["cells"] if c.get("factors") != factors.get(c["condition"])})
     if other:
         return f"name other factors than the design of {', '.join(other)}"
     seeds = {cell["seed"] for cell in record["cells"]}
