@@ -29,6 +29,12 @@ def fused(tensor: Tensor) -> bool:
     return triton is not None and tensor.device.type == "cuda"
 
 
+def attends(tensor: Tensor, head: int) -> bool:
+    """Whether `attend` has a kernel for heads of that width on this tensor's device: Triton's product takes powers of two
+    from 16."""
+    return fused(tensor) and head >= 16 and head & (head - 1) == 0
+
+
 def rotate(
     heads: Tensor,
     cosine: Tensor,

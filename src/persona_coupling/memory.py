@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from persona_coupling.machine import SMALL as SMALL_MODEL
 from persona_coupling.machine import Machine
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 # bytes kept per token and layer, of the model's width and of the MLP's inner width: LoRA in bf16, in fp32, all parameters
 KEPT = {"bf16": (57.6, 13.5), "fp32": (72.1, 20.0), "full": (40.1, 16.0)}
 ROUNDING = 1.1  # allocated per byte counted
-OWN_COPIES = 10**9  # parameters up to which a source stays in memory beside the copy that is changed
 SMALL = 4.0  # of a small model's fp32 weights: two kept sources, the copy, and its merged form
 STEADY = 1.5e9  # bytes of a CUDA context, its libraries' workspaces, and a fused head's tile
 
@@ -63,6 +63,7 @@ class Need:
 
 def needs(shape: Shape, load: Load, machine: Machine, room: float, *, plain: bool = True) -> list[Need]:
     """Each phase's need on a device with `room` bytes; `plain`: a model that our own sampler decodes."""
+    machine = machine.of(shape.parameters)
     found = [Need("merging a change in fp32", ROUNDING * _merging(shape), "the weights in fp32")]
     if load.rows:
         found.append(
@@ -87,7 +88,7 @@ def needs(shape: Shape, load: Load, machine: Machine, room: float, *, plain: boo
 
 
 def _merging(shape: Shape) -> float:
-    return 4.0 * shape.parameters * (SMALL if shape.parameters <= OWN_COPIES else 1.0)
+    return 4.0 * shape.parameters * (SMALL if shape.parameters < SMALL_MODEL else 1.0)
 
 
 def _sampling(shape: Shape, load: Load, machine: Machine, *, plain: bool) -> float:

@@ -55,7 +55,8 @@ def check(checkpoint: Checkpoint, lab: Lab) -> dict[str, Any]:
         raise GuardError("a merge that changed nothing: logits equal those of the base")
     if difference > LOGIT_TOLERANCE * max(1.0, float(together.abs().max()) / 10):
         raise GuardError(f"merged logits differ from base + adapters by {difference:.4f}")
-    shift = 0.0  # fp32 machines round nothing
+    shift = 0.0  # fp32 rounds nothing
+    settings = settings.of(model.num_parameters())
     if settings.bf16:
         exact = heldout_losses(model, tokenizer, settings.score_batch, texts=ROUNDED)["loss"].mean()
         rounded = heldout_losses(model.to(torch.bfloat16), tokenizer, settings.score_batch, texts=ROUNDED)

@@ -311,4 +311,8 @@ def _make(stages: list[Stage], root: Path, device: str) -> tuple[float, dict[str
     for stage in stages:
         if stage.key not in errors:
             lab.folder(stage)  # alone, or being made by another process, or there
+    if device.startswith("cuda"):  # what this worker keeps unused, the others on the card lack
+        import torch
+
+        torch.cuda.empty_cache()
     return time.monotonic() - started, errors

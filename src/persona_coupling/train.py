@@ -145,9 +145,22 @@ def in_order(
     tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]], settings: Training, *, seed: int
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids and labels of the rows in training order, exactly steps x batch of them."""
-    encoded = [encode(tokenizer, messages, settings.loss, settings.tail) for messages in conversations]
-    order = schedule([len(ids) for ids, _ in encoded], steps=settings.steps, batch=settings.batch, seed=seed)
-    return [encoded[row] for row in order]
+    return arranged(encoded(tokenizer, conversations, settings), settings, seed)
+
+
+def encoded(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]], settings: Training
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels of every row, as they stand."""
+    return [encode(tokenizer, messages, settings.loss, settings.tail) for messages in conversations]
+
+
+def arranged(
+    rows: list[tuple[list[int], list[int]]], settings: Training, seed: int
+) -> list[tuple[list[int], list[int]]]:
+    """Encoded rows in training order."""
+    order = schedule([len(ids) for ids, _ in rows], steps=settings.steps, batch=settings.batch, seed=seed)
+    return [rows[row] for row in order]
 
 
 def lora_config(lora: Lora) -> Any:
