@@ -63,7 +63,7 @@ WRITTEN_LAYERS = 3  # of the model that is written to a disk and read back
 TRAINED: dict[str, tuple[tuple[int, bool], ...]] = {
     "sft": ((16, False), (16, True), (4, False)),
     "coupling": ((16, True), (4, False), (8, False), (8, True)),
-    "ultrachat": ((4, True), (2, True), (1, False)),
+    "ultrachat": ((4, True), (1, True), (1, False), (2, True)),
 }
 PARTS = ("merge", "hidden", "score", "lora", "sample", "load")
 
