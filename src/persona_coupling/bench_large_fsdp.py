@@ -72,7 +72,8 @@ def measure(kind: str, optimiser: str, path: Path, name: str) -> None:
             adjust=adjust,
             selected_head=False,  # on a CPU accelerate shards nothing but wraps the model, whose parts are then hidden
         )
-        found |= {"fits": True, **made, "batch": values.batch}
+        spread = bench_material.lengths(kind, size)
+        found |= {"fits": True, **made, "batch": values.batch, "mean_tokens": sum(spread) / len(spread)}
     except torch.OutOfMemoryError as error:
         found |= {"fits": False, "message": str(error).splitlines()[0]}
     if settings.device != "cpu":
