@@ -13,7 +13,6 @@ Nothing is multiplied here: the record says how many rows, tokens and steps were
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 import tempfile
@@ -273,8 +272,6 @@ class Bench:
         nothing is said of a CPU's."""
         import torch
 
-        from persona_coupling import decode
-
         self.fresh_peak()
         found: dict[str, Any] = {}
         try:
@@ -286,10 +283,7 @@ class Bench:
         if self.settings.device != "cpu":
             found["peak_bytes"] = torch.cuda.max_memory_allocated()
             found["reserved_bytes"] = torch.cuda.max_memory_reserved()
-        decode._kept.clear()
-        gc.collect()
-        if self.settings.device != "cpu":
-            torch.cuda.empty_cache()
+        memory.release()
         return found
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 from persona_coupling.errors import UserError
 
@@ -41,8 +44,28 @@ def cpu_has_fast_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
+_tuned: dict[str, Any] = {}
+
+
+@contextmanager
+def tuned(**changes: Any) -> Iterator[None]:
+    """In here, and in this process alone, `machine` gives settings with these changes: what was measured to be best for a
+    large model, which `machine` cannot know."""
+    before = dict(_tuned)
+    _tuned.update(changes)
+    try:
+        yield
+    finally:
+        _tuned.clear()
+        _tuned.update(before)
+
+
 def machine(device: str | None = None) -> Machine:
     """The settings for a device (default: CUDA if present, else CPU). Raises UserError for a device that is not there."""
+    return replace(_usual(device), **_tuned)
+
+
+def _usual(device: str | None) -> Machine:
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
