@@ -27,7 +27,7 @@ class FineTune(Stage):
     training: Training
     seed: int
     kind: ClassVar[str] = "change"
-    code: ClassVar[tuple[str, ...]] = ("persona_coupling.train", "persona_coupling.dropout", *FAST, *MODEL, *SAYING)
+    code: ClassVar[tuple[str, ...]] = ("persona_coupling.train", "persona_coupling.train_cpu", *FAST, *MODEL, *SAYING)
     material: ClassVar[tuple[str, ...]] = TEXT
 
     def build(self, folder: Path, lab: Lab) -> dict[str, Any]:
