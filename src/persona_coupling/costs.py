@@ -170,7 +170,7 @@ class Measured:
 
     def cost(self, stage: Stage) -> Cost | None:
         """Of a stage that runs the model; None for one that does not, and for full-parameter training, which one GPU
-        cannot do."""
+        cannot do. The check of a merge has one merge in it."""
         work, whole = stage.work(), self.whole
         read, models = self.reading(stage)
         training = getattr(stage, "training", None)
@@ -183,7 +183,8 @@ class Measured:
             return Cost(read + self.points[name]["start_seconds"] + steps, ("merge", name))
         kind = type(stage).__name__
         if kind == "MergeCheck":
-            return Cost(read + self.points["merge/check"]["seconds"], ("merge", "merge/check"))
+            once = self.points["merge"]["seconds"] * bool(stage.checkpoint.merged)  # type: ignore[attr-defined]
+            return Cost(read - once + self.points["merge/check"]["seconds"], ("merge", "merge/check"))
         if kind == "Hidden":
             return Cost(read + self.points["hidden"]["seconds"], ("merge", "hidden"))
         score = self.points["score"]
