@@ -35,7 +35,8 @@ DOCUMENT = f"""# What `{PROFILE}` costs
 
 Written by `nox -s costs` from `docs/measured/`, measured on {{device}} ({{memory}} GB; {{versions}};
 commit {{commit}}). Weights were random, of the exact shape of {{model}} ({{parameters}} parameters): neither speed nor
-memory depends on their values. Every point ran the study's own code (`persona_coupling.bench_large`).
+memory depends on their values. Every point ran the study's own code. To measure another card, delete `docs/measured` and run
+`python -m persona_coupling.bench_large --json docs/measured/large.json` on it: four minutes.
 
 ## The whole profile
 
@@ -259,7 +260,7 @@ def training_table(measured: Measured) -> list[str]:
             cells += [f"{speed:,.0f}", f"{1000 * step:,.0f}"]
             cells += [gigabytes(point.get("peak_bytes")), gigabytes(measured.estimated(name))]
         else:
-            cells += ["does not fit", "", "", ""]
+            cells += ["does not fit", "", "", gigabytes(measured.estimated(name))]
         rows.append(cells)
     head = ["LoRA, rows of", "rows at once", "computed again", "tokens/s", "ms a step", "GB measured", "GB estimated"]
     return table(head, rows)

@@ -109,7 +109,7 @@ class Measured:
 
     def training(self, kind: str, train_tokens: int) -> str:
         """The point that a training on rows of that kind is, where a micro-batch may hold so many padded tokens."""
-        some = next(p for name, p in self.points.items() if name.startswith(f"lora/{kind}/") and p["fits"])
+        some = self.fitting(kind)
         longest, batch = some["longest"], some["batch"]
         micro = train.micro_batch(batch, longest, train_tokens)
         machine = self.machine(train_tokens)
@@ -117,6 +117,10 @@ class Measured:
             self.shape, longest * micro, machine, self.capacity, full=False
         )
         return f"lora/{kind}/{micro}/{'again' if again else 'kept'}"
+
+    def fitting(self, kind: str) -> dict[str, Any]:
+        """Some point of training rows of that kind that fits: it says how long they are."""
+        return next(p for name, p in self.points.items() if name.startswith(f"lora/{kind}/") and p["fits"])
 
     def kinds(self) -> list[str]:
         """Kinds of training rows that were measured."""
@@ -215,9 +219,10 @@ class Measured:
         """What `memory` expects of the same load, bytes; None for a point that it has no estimate of."""
         found, part = self.points[name], name.split("/")[0]
         if part == "lora":
-            tokens = found["micro"] * found["longest"]
-            machine = self.machine(tokens)
-            return memory.training(self.shape, tokens, found["rank"], machine, checkpointed=found["again"])
+            _, kind, micro, how = name.split("/")
+            some = self.fitting(kind)
+            tokens = int(micro) * some["longest"]
+            return memory.training(self.shape, tokens, some["rank"], self.machine(tokens), checkpointed=how == "again")
         if name in ("merge", "merge/check"):
             rows = (0, 0, 0, 0)
         elif part == "sample":
