@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 from persona_coupling.errors import UserError
 
@@ -50,8 +53,28 @@ def cpu_has_fast_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
+_tuned: dict[str, Any] = {}
+
+
+@contextmanager
+def tuned(**changes: Any) -> Iterator[None]:
+    """In here, and in this process alone, `machine` gives settings with these changes: what was measured to be best for a
+    large model, which `machine` cannot know."""
+    before = dict(_tuned)
+    _tuned.update(changes)
+    try:
+        yield
+    finally:
+        _tuned.clear()
+        _tuned.update(before)
+
+
 def machine(device: str | None = None) -> Machine:
     """The settings for a device (default: CUDA if present, else CPU). Raises UserError for a device that is not there."""
+    return replace(_usual(device), **_tuned)
+
+
+def _usual(device: str | None) -> Machine:
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,8 +84,9 @@ def machine(device: str | None = None) -> Machine:
         gigabytes = torch.cuda.get_device_properties(device).total_memory / 2**30
         large = gigabytes > 30
         # eager steps of a small model wait for kernel launches: processes side by side fill the gaps, one core each
-        workers = min(8, os.cpu_count() or 1) if large else 1  # each keeps some 8 GB for graphs and caches
-        batch = 640 if large else 96  # of an evaluation's 1,232 prompts; more hardly samples faster, and workers share
+        # workers wait for kernel launches in turn; each keeps about a hundredth of a gigabyte per prompt of its batch
+        workers = min(10 if gigabytes > 100 else 7, os.cpu_count() or 1) if large else 1
+        batch = 640 if gigabytes > 100 else 320 if large else 96
         scored = 65_536 if large else 16_384
         stack = max(1, min(16, int(gigabytes / 5)))  # a cell of 135M in a stack takes 1.7 GB; others sample meanwhile
         train = 16_384 if large else 4_096
