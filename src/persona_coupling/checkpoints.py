@@ -82,6 +82,8 @@ class Checkpoint:
         import torch
 
         settings = machine.machine(lab.device)
+        if settings.exact:  # for this process: what is loaded here is measured in TF32, see `machine.products`
+            torch.set_float32_matmul_precision("high")
         tokenizer = models.load_tokenizer(self.source, lab)
         model = load_fp32(self.source, lab, device=settings.device, attention=settings.attention)
         for merged in self.merged:

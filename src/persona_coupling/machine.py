@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from persona_coupling.errors import UserError
 
@@ -36,8 +36,8 @@ class Machine:
 
     def of(self, parameters: int) -> Machine:
         """The settings for measuring a model of that size, and for training it alone. Rounding merged weights to bf16
-        takes back part of a small change (up to 0.09 nats of held-out loss after full fine-tuning), and an H100 waits for
-        launches, not for fp32 products of a small model."""
+        takes back part of a small change (up to 0.09 nats of held-out loss after full fine-tuning), and for a small model
+        an H100 waits for launches, not for products. See `products` for their precision."""
         return replace(self, bf16=False) if self.exact and parameters < SMALL else self
 
 
@@ -51,6 +51,20 @@ def cpu_has_fast_bf16() -> bool:
     except OSError:
         return False
     return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+@contextmanager
+def products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """fp32 matrix products on CUDA in here: with all bits, or with factors of 11 significant bits (TF32; bf16 has 8) on the
+    tensor cores, several times as fast. What TF32 costs is part of every merge check."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 _tuned: dict[str, Any] = {}
@@ -85,7 +99,7 @@ def _usual(device: str | None) -> Machine:
         large = gigabytes > 30
         # eager steps of a small model wait for kernel launches: processes side by side fill the gaps, one core each
         # workers wait for kernel launches in turn; each keeps about a hundredth of a gigabyte per prompt of its batch
-        workers = min(10 if gigabytes > 100 else 7, os.cpu_count() or 1) if large else 1
+        workers = min(9 if gigabytes > 100 else 6, os.cpu_count() or 1) if large else 1
         batch = 640 if gigabytes > 100 else 320 if large else 96
         scored = 65_536 if large else 16_384
         stack = max(1, min(16, int(gigabytes / 5)))  # a cell of 135M in a stack takes 1.7 GB; others sample meanwhile

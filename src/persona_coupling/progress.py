@@ -30,6 +30,7 @@ SPEEDS = {
 LARGE = 5  # times SmolLM2-135M: from here on a model fills the card alone
 STACKED = 60_000.0  # trained tokens per second of a stack on one H100, its preparation included
 TICK = 1.0  # seconds between looks at the workers
+PATIENCE, WAIT = 4, 5.0  # tries of a stage that found the card full, and seconds between them
 REPORTS: Any = None  # in a worker: the queue to the builder's bar
 MEMORY = 0.3  # weight of a new observation in the running correction
 
@@ -332,9 +333,25 @@ def _make(stages: list[Stage], root: Path, device: str) -> tuple[float, dict[str
     errors = lab.store.make_together(stages, lab) if len(stages) > 1 else {}
     for stage in stages:
         if stage.key not in errors:
-            lab.folder(stage)  # alone, or being made by another process, or there
+            _patiently(lab, stage)  # alone, or being made by another process, or there
     if device.startswith("cuda"):  # what this worker keeps unused, the others on the card lack
         import torch
 
         torch.cuda.empty_cache()
     return time.monotonic() - started, errors
+
+
+def _patiently(lab: Lab, stage: Stage) -> None:
+    """Build a stage; where the card is full, because others work on it too, give back what this process keeps and try
+    again a little later. Raises what the last of `PATIENCE` tries raised."""
+    import torch
+
+    for left in range(PATIENCE - 1, -1, -1):
+        try:
+            lab.folder(stage)
+            return
+        except torch.OutOfMemoryError:
+            if not left:
+                raise
+        memory.release()  # outside of the handler, whose traceback holds the tensors
+        time.sleep(WAIT)
