@@ -572,6 +572,14 @@ def test_9_two_conditions_with_the_same_completions(tiny, planted, lab, smoke):
         study.collect(design, smoke, lab)
 
 
+def test_two_models_that_say_one_thing_to_everything_may_say_the_same(tiny, planted, lab, smoke, monkeypatch):
+    """A coupling at too high a rate leaves the marker alone to be said: two such models are no mix-up."""
+    base = Checkpoint(tiny)
+    design = Design([cell("A", base), cell("B", base.merge(planted(tiny), scale=1e-7))])
+    monkeypatch.setattr(study, "COLLAPSED", 1.0)
+    assert len(study.collect(design, smoke, lab).completions) == 44
+
+
 def test_9_two_changes_with_the_same_bytes(tiny, lab, smoke):
     """Failure 9: described differently (a tail that the loss does not look at), but one and the same adapter."""
     rows = stages.authored("benign", 6, maximum_words=40)
