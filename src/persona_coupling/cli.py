@@ -48,6 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
         )
         command.add_argument("--model", default="", help="another model: a folder, or owner/name@revision of the hub")
         command.add_argument("--anyway", action="store_true", help="start although something seems not to fit")
+        if name != "plan":
+            command.add_argument(
+                "--cluster", default="", help="hand the stages to Ray: auto, host:port of its head, or local"
+            )
+            command.add_argument(
+                "--exchange",
+                default="",
+                help="an fsspec URL for artifacts where the nodes of --cluster share no folder",
+            )
         if name == "plan":
             command.add_argument("--cells", action="store_true", help="a row per cell: cached, stale and why, or new")
         if name == "cells":
@@ -206,7 +215,8 @@ def _planned(arguments: argparse.Namespace, *, start: bool = False) -> tuple[Any
         first = progress.plan([study.source], store, speeds, check=not arguments.anyway)
         progress.build(first, store, settings.device, speeds)
         planned = progress.plan(planned.stages, store, speeds, check=False)
-    found = requirements.check(study.profile, study.source, planned.missing, store, settings)
+    here = None if getattr(arguments, "cluster", "") else settings  # a cluster's nodes have memory of their own
+    found = requirements.check(study.profile, study.source, planned.missing, store, here)
     print("\n".join(found.lines))
     obstacles = [planned.shortage] * bool(planned.shortage) + found.obstacles
     if obstacles and not arguments.anyway:
@@ -234,7 +244,17 @@ def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[noteboo
     """Plan, then build all stages under one bar."""
     from persona_coupling import progress
 
+    if arguments.exchange and not arguments.cluster:
+        raise UserError("--exchange says how the nodes of a cluster share artifacts: it needs --cluster.")
+    if arguments.workers and arguments.cluster:
+        raise UserError("--workers is for one machine; on a cluster the profile's [cluster] says what a task takes.")
     parameters, experiments, store, settings, speeds, planned = _planned(arguments, start=True)
+    if arguments.cluster:
+        from persona_coupling import cluster
+
+        values = profiles.load(parameters["profile"]).cluster
+        cluster.build(planned, store, speeds, values, address=arguments.cluster, exchange=arguments.exchange)
+        return parameters, experiments
     workers = arguments.workers or (settings.workers if speeds.ratio < LARGE else 1)
     stack = settings.stack if speeds.stacked else 1
     progress.build(planned, store, settings.device, speeds, workers=workers, stack=stack)
