@@ -255,7 +255,8 @@ def connected(address: str) -> Iterator[Any]:
     try:
         ray.init(
             address=address,
-            runtime_env={"env_vars": dict(SETTLED)},
+            # an image without git knows its commit from us: its code is compared with ours, byte by byte
+            runtime_env={"env_vars": {**SETTLED, "PERSONA_COUPLING_COMMIT": provenance.commit()}},
             log_to_driver=False,
             logging_level="ERROR",
             **({"include_dashboard": False} if address == "local" else {}),

@@ -9,7 +9,6 @@ beside the store, its files are held against its manifest, and only then does it
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -71,23 +70,24 @@ class Exchange:
 
     def _pointer(self, stage: Stage) -> dict[str, str] | None:
         """The archive that counts and its SHA-256. A pointer that a writer was killed upon counts as none."""
-        with self._reached(), contextlib.suppress(FileNotFoundError):
-            try:
-                found = json.loads(self.filesystem.cat_file(self._place(stage, WHOLE)))
-                return {"archive": str(found["archive"]), "sha256": str(found["sha256"])}
-            except (ValueError, KeyError, TypeError):
-                return None
-        return None
+        try:
+            with self._reached(FileNotFoundError):
+                content = self.filesystem.cat_file(self._place(stage, WHOLE))
+            found = json.loads(content)
+            return {"archive": str(found["archive"]), "sha256": str(found["sha256"])}
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
 
     @contextmanager
-    def _reached(self) -> Iterator[None]:
-        """Raise ExchangeError for what a file system says, other than that a file is not there or already is."""
+    def _reached(self, *passing: type[Exception]) -> Iterator[None]:
+        """Raise ExchangeError for whatever a file system says: its libraries have exceptions of their own."""
         try:
             yield
-        except (FileNotFoundError, FileExistsError):
+        except (UserError, *passing):
             raise
-        except OSError as error:
-            raise ExchangeError(f"{self.url} cannot be used: {error}. Finished cells are kept; mend this.") from error
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            raise ExchangeError(f"{self.url} cannot be used ({said}). Finished cells are kept; mend this.") from error
 
     def push(self, stage: Stage, store: Store) -> bool:
         """Copy a finished artifact there. Returns False if another writer's copy counts. Raises ExchangeError."""
@@ -147,7 +147,7 @@ class Exchange:
             inner.folder(stage).mkdir(parents=True)
             packed = arriving / "packed.tar"
             try:
-                with self._reached():
+                with self._reached(FileNotFoundError):
                     source = self.filesystem.open(self._place(stage, pointer["archive"]), "rb")
             except FileNotFoundError as error:
                 raise CorruptArtifact(f"{whence} names an archive that is not there. Delete it there.") from error
