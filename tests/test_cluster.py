@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
 from cluster_stages import FULL, Joined, Killed, Large, Step, Wrong
+
 from persona_coupling import cluster, cluster_nodes, progress
 from persona_coupling.cluster_nodes import Order
 from persona_coupling.errors import UserError

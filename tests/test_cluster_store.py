@@ -13,8 +13,8 @@ from pathlib import Path
 
 import fsspec
 import pytest
-
 from cluster_stages import Step
+
 from persona_coupling import cluster_store, storage
 from persona_coupling.cluster_store import Exchange, ExchangeError, TravellingStore
 from persona_coupling.errors import CorruptArtifact, UserError

@@ -81,9 +81,10 @@ class Exchange:
     @contextmanager
     def _reached(self, *passing: type[Exception]) -> Iterator[None]:
         """Raise ExchangeError for whatever a file system says: its libraries have exceptions of their own."""
+        ours: tuple[type[Exception], ...] = (UserError, *passing)
         try:
             yield
-        except (UserError, *passing):
+        except ours:
             raise
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
