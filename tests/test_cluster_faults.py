@@ -178,3 +178,49 @@ def test_a_disk_that_is_really_full_takes_one_node_out(tmp_path: Path, calm: Pat
         here.cluster.shutdown()
     assert f"is refused: No space left on the disk that holds {small}" in said
     same(calm, here.root, "00_replication")
+
+
+def test_the_slurm_script_of_the_page_runs(tmp_path: Path) -> None:
+    """With stand-ins for `srun` and `scontrol`, on this host: a head and one other node, of one core each."""
+    pytest.importorskip("ray", reason="Ray is not installed: `nox -s tests` installs it")
+    page = (Path(__file__).parents[1] / "docs" / "CLUSTER.md").read_text(encoding="utf-8")
+    script = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)[0]
+    root, tools = tmp_path / "root", tmp_path / "tools"
+    root.mkdir()
+    stress.copy_inputs(root)
+    tools.mkdir()
+    stand_ins = {
+        "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
+        "scontrol": "echo 127.0.0.1",
+        "ray": f'exec {sys.executable} -m ray.scripts.scripts "$@"',
+        "python": f'exec {sys.executable} "$@"',
+    }
+    for name, line in stand_ins.items():
+        (tools / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tools / name).chmod(0o755)
+    variables = {
+        "SLURM_SUBMIT_DIR": str(root),
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": "1",
+        "PROFILE": "smoke",
+        "OPTIONS": "--only 00",
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+    }
+    process = subprocess.Popen(
+        ["bash", "-c", script],
+        env={**environment(root), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        code = process.wait(500)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)  # what SLURM does at a job's end
+    said = process.communicate()[0]
+    assert code == 0, said[-4000:]
+    assert "stages made on Ray" in said
+    assert (root / "paper" / "paper-smoke.pdf").is_file()

@@ -206,7 +206,7 @@ class _Run:
         self.made += len(made)
         if outcome.node:
             self.nodes.finished(outcome, len(made))
-        bar.update(sum(self.costs[stage.key] for stage in done))
+        bar.update(min(bar.total - bar.n, sum(self.costs[stage.key] for stage in done)))  # rounding may exceed it
         return again
 
     def _repeat(self, again: Sequence[Stage]) -> None:

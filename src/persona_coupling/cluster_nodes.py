@@ -186,7 +186,7 @@ class Nodes:
         """Raise UserError if no node is left."""
         if not self.fit():
             wanted = " and ".join(f"{n:g} {name}" for name, n in self.asked.items() if n)
-            reasons = "".join(f"\n- {self.names.get(node, node)} {why}" for node, why in self.refused.items())
+            reasons = "".join(f"\n- {self.names.get(n, n)}: {why.rstrip('.')}." for n, why in self.refused.items())
             raise UserError(
                 f"The cluster has no node that can take a task ({wanted}).{reasons} Finished cells are kept."
             )
