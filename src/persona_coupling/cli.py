@@ -48,15 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
         )
         command.add_argument("--model", default="", help="another model: a folder, or owner/name@revision of the hub")
         command.add_argument("--anyway", action="store_true", help="start although something seems not to fit")
-        if name != "plan":
-            command.add_argument(
-                "--cluster", default="", help="hand the stages to Ray: auto, host:port of its head, or local"
-            )
-            command.add_argument(
-                "--exchange",
-                default="",
-                help="an fsspec URL for artifacts where the nodes of --cluster share no folder",
-            )
+        command.add_argument(
+            "--cluster", default="", help="hand the stages to Ray: auto, host:port of its head, or local"
+        )
+        command.add_argument(
+            "--exchange", default="", help="an fsspec URL for artifacts where the nodes of --cluster share no folder"
+        )
         if name == "plan":
             command.add_argument("--cells", action="store_true", help="a row per cell: cached, stale and why, or new")
         if name == "cells":
