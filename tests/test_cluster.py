@@ -18,7 +18,7 @@ from persona_coupling.profiles import ClusterValues
 from persona_coupling.store import Store, in_order
 from persona_coupling.study import Design, Study
 
-ONE = ClusterValues(cpus=1.0, gpus=0.0)
+ONE = ClusterValues(cpus=1.0, gpus=0.0, stack=1)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_a_trained_cell_is_the_same_bytes_through_an_exchange(nodes, lab, tmp_pa
 
 def test_no_node_that_is_fit_is_said_with_all_reasons(nodes, tmp_path):
     with pytest.raises(UserError, match=r"no node that can take a task \(64 CPU\)"):
-        run(nodes, [Step("a", "log")], tmp_path, ClusterValues(cpus=64.0, gpus=0.0))
+        run(nodes, [Step("a", "log")], tmp_path, ClusterValues(cpus=64.0, gpus=0.0, stack=1))
 
 
 def test_a_cluster_that_is_not_there_is_said(tmp_path):

@@ -78,7 +78,7 @@ def run(stages: Sequence[Stage], workers: int) -> float:
             for _ in range(workers):
                 made.add_node(num_cpus=1, env_vars=variables)
             started = time.monotonic()
-            cluster.build(planned, store, speeds, ClusterValues(cpus=1.0, gpus=0.0), address=made.address)
+            cluster.build(planned, store, speeds, ClusterValues(cpus=1.0, gpus=0.0, stack=1), address=made.address)
             return time.monotonic() - started
         finally:
             made.shutdown()

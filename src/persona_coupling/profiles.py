@@ -116,9 +116,9 @@ class ClusterValues:
     """What one task asks of a cluster, see `cluster`. It says where a stage runs, not what comes out: no result's record
     holds it, and none is compared by it."""
 
-    cpus: float = 1.0
-    gpus: float = 1.0  # of one card, where the cluster has any: below 1 several tasks share it
-    stack: int = 1  # most cells that one task trains together on its share of a card
+    cpus: float
+    gpus: float  # of one card, where the cluster has any: below 1 several tasks share it
+    stack: int  # most cells that one task trains together on its share of a card
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Profile:
     prebaked: TrainingValues
     scratch: TrainingValues
     gates: GateValues
-    cluster: ClusterValues = ClusterValues()
+    cluster: ClusterValues = ClusterValues(cpus=1.0, gpus=1.0, stack=1)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, without where stages run; a shape that is not declared is left out, as in results older than
