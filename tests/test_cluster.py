@@ -23,8 +23,8 @@ ONE = ClusterValues(cpus=1.0, gpus=0.0, stack=1)
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory):
-    """A head that computes nothing and four nodes of one core each: two fit ones, one with another library version, one
-    with a full disk. Each has a cache of its own."""
+    """A head that computes nothing and four nodes of one core each: two fit ones that say they have a card, one with
+    another library version, one with a full disk. Each has a cache of its own."""
     pytest.importorskip("ray", reason="Ray is not installed: `nox -s tests` installs it, or the extra `cluster`")
     from ray.cluster_utils import Cluster
 
@@ -42,7 +42,7 @@ def nodes(tmp_path_factory):
         "full": {FULL: "1"},
     }.items():
         own = {"PERSONA_COUPLING_CACHE": str(folder / name)}
-        made.add_node(wait=False, num_cpus=1, env_vars={**plain, **own, **more})
+        made.add_node(wait=False, num_cpus=1, num_gpus=int(not more), env_vars={**plain, **own, **more})
     made.wait_for_nodes()
     yield made
     made.shutdown()
@@ -97,6 +97,21 @@ def test_a_trained_cell_is_the_same_bytes_through_an_exchange(nodes, lab, tmp_pa
                 assert theirs["files"][name] == ours["files"][name], (stage, name)
 
 
+def test_shares_of_a_card_and_groups_that_are_trained_together(nodes, tmp_path, capsys):
+    """Half a card each on two nodes: four places. Groups of two; one member fails, and only what rests on it is not made."""
+    log = str(tmp_path / "log")
+    cells = [Joined(name, log) for name in ("0", "1", "2", "3", "4", "5", "6", "13")]
+    above = [Joined(f"above {cell.name}", log, (cell,)) for cell in (cells[0], cells[-1])]
+    with pytest.raises(UserError, match="unlucky"):
+        run(nodes, [*cells, *above], tmp_path, ClusterValues(cpus=0.5, gpus=0.5, stack=2))
+    store = Store(tmp_path / "shared")
+    assert [store.has(cell) for cell in cells] == [True] * 7 + [False]
+    assert [store.has(cell) for cell in above] == [True, False]
+    how = Counter(store.manifest(cell)["provenance"].get("how") for cell in cells[:-1])
+    assert how == {"x2": 7}
+    assert "of 4 busy" in capsys.readouterr().out
+
+
 def test_no_node_that_is_fit_is_said_with_all_reasons(nodes, tmp_path):
     with pytest.raises(UserError, match=r"no node that can take a task \(64 CPU\)"):
         run(nodes, [Step("a", "log")], tmp_path, ClusterValues(cpus=64.0, gpus=0.0, stack=1))
@@ -126,11 +141,11 @@ def test_without_ray_the_option_says_what_to_install(monkeypatch):
 
 def test_every_difference_of_libraries_and_code_is_named():
     own = cluster_nodes.identity()
-    assert cluster_nodes.difference(Order(own, "abc", "", "", 1)) == "", "the control"
+    assert cluster_nodes.difference(Order(own, "abc", "", "", "", 1)) == "", "the control"
     assert {"torch", "python", "persona_coupling/train.py", "persona_coupling/material/personas.toml"} <= set(own)
-    said = cluster_nodes.difference(Order({**own, "torch": "1.0"}, "abc", "", "", 1))
+    said = cluster_nodes.difference(Order({**own, "torch": "1.0"}, "abc", "", "", "", 1))
     assert said.startswith(f"has torch {own['torch']}, the driver 1.0. Install")
-    said = cluster_nodes.difference(Order({**own, "persona_coupling/train.py": "f" * 12}, "abc", "", "", 1))
+    said = cluster_nodes.difference(Order({**own, "persona_coupling/train.py": "f" * 12}, "abc", "", "", "", 1))
     assert "persona_coupling/train.py" in said
     assert "the driver's abc" in said
 
@@ -143,6 +158,9 @@ def test_a_store_that_is_not_shared_or_does_not_lock_is_found(tmp_path):
         elsewhere.parent.mkdir(parents=True)
         elsewhere.touch()  # as a mount whose locks stay on each machine
         assert "is not held by locks" in cluster_nodes._shares(elsewhere)
+        own = cluster_nodes.identity()  # a node that joins in mid-run is asked as well, at its first task
+        late = Order(own, "abc", str(tmp_path / "c"), "", str(tmp_path / "c" / "locks" / "probe.lock"), 1)
+        assert "does not see the store" in cluster_nodes.unfit(late)
     assert not probe.exists()
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from persona_coupling import provenance, storage
-from persona_coupling.cluster_nodes import Nodes, Order, Outcome, difference, here, identity
+from persona_coupling.cluster_nodes import Nodes, Order, Outcome, here, identity, unfit
 from persona_coupling.cluster_store import Exchange, ExchangeError, TravellingStore
 from persona_coupling.errors import UserError
 from persona_coupling.profiles import ClusterValues
@@ -45,7 +45,7 @@ def _make(stages: list[Stage], order: Order, *before: Outcome) -> Outcome:
     outcome = here()
     bad = {key for parent in before for key in parent.errors}
     undone = {key for parent in before for key in parent.undone}
-    outcome.unfit = difference(order)
+    outcome.unfit = unfit(order)
     if outcome.unfit or any(parent.key in undone for stage in stages for parent in stage.parents()):
         outcome.undone = [stage.key for stage in stages]
         return outcome
@@ -55,6 +55,7 @@ def _make(stages: list[Stage], order: Order, *before: Outcome) -> Outcome:
     started = time.monotonic()
     store = order.store()
     lab = Lab(store, device=machine().device)
+    outcome.found = [stage.key for stage in stages if store.has(stage)]
     failed = store.make_together(stages, lab) if len(stages) > 1 else {}
     for stage in stages:
         error = failed.get(stage.key)
@@ -95,8 +96,9 @@ def build(
     local = TravellingStore(store.root, Exchange(exchange)) if exchange else store
     with connected(address) as ray, _probe(store) as probe:
         nodes = Nodes(ray, values)
-        order = Order(identity(), provenance.commit(), str(store.root), exchange, max(1, int(values.cpus)))
-        nodes.admit(order, str(probe))
+        threads = max(1, int(values.cpus))
+        order = Order(identity(), provenance.commit(), str(store.root), exchange, str(probe), threads)
+        nodes.admit(order)
         missing = planned.missing
         if isinstance(local, TravellingStore):
             missing = [stage for stage in missing if not local.exchange.has(stage)]
@@ -200,7 +202,7 @@ class _Run:
             if stage.key in outcome.errors:
                 self.failed[stage.key] = outcome.errors[stage.key]
                 bar.write(f"{stage} failed on {outcome.name or 'the cluster'}: {outcome.errors[stage.key]}")
-            else:
+            elif stage.key not in outcome.found:
                 self.speeds.observe(stage, outcome.seconds / len(group))
         made = [stage for stage in done if stage.key not in outcome.errors]
         self.made += len(made)

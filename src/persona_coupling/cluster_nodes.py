@@ -35,6 +35,7 @@ class Order:
     commit: str
     root: str  # of the folder that all share; where there is an exchange each node uses its own
     exchange: str
+    probe: str  # a lock in that folder which the driver holds
     threads: int
 
     def store(self) -> Store:
@@ -45,13 +46,14 @@ class Order:
 @dataclass
 class Outcome:
     """What a task returns: where and how long it ran, the errors of its stages by key, the keys of those that are to be
-    handed out again, and why its node is unfit."""
+    handed out again and of those that were there before, and why its node is unfit."""
 
     node: str
     name: str
     seconds: float = 0.0
     errors: dict[str, Exception] = field(default_factory=dict)
     undone: list[str] = field(default_factory=list)
+    found: list[str] = field(default_factory=list)
     unfit: str = ""
 
 
@@ -86,18 +88,33 @@ def here() -> Outcome:
     return Outcome(node, f"{ray.util.get_node_ip_address()} ({node[:6]})")
 
 
-def _admit(order: Order, probe: str) -> Outcome:
-    """The task that a node answers before anything is built: is it fit to take part?"""
+_UNFIT: dict[str, str] = {}  # in a worker: what was found for a run, by its probe
+
+
+def unfit(order: Order) -> str:
+    """Why this process may not take part, as the end of a sentence; empty if it may. Looked at once for each run: a node
+    may join at any time."""
+    if order.probe not in _UNFIT:
+        _UNFIT[order.probe] = difference(order) or _reaches(order)
+    return _UNFIT[order.probe]
+
+
+def _admit(order: Order) -> Outcome:
+    """The task that a node answers before anything is built."""
     outcome = here()
-    outcome.unfit = difference(order)
-    if not outcome.unfit and order.exchange:
-        try:
-            Exchange(order.exchange).check()
-        except UserError as error:
-            outcome.unfit = f"cannot use the exchange: {error}"
-    elif not outcome.unfit:
-        outcome.unfit = _shares(Path(probe))
+    outcome.unfit = unfit(order)
     return outcome
+
+
+def _reaches(order: Order) -> str:
+    """Why this process cannot share artifacts with the driver; empty if it can."""
+    if not order.exchange:
+        return _shares(Path(order.probe))
+    try:
+        Exchange(order.exchange).check()
+    except UserError as error:
+        return f"cannot use the exchange: {error}"
+    return ""
 
 
 def _shares(probe: Path) -> str:
@@ -164,13 +181,13 @@ class Nodes:
             chosen["label_selector"] = {"ray.io/node-id": f"!in({','.join(sorted(self.refused))})"}
         return chosen
 
-    def admit(self, order: Order, probe: str) -> None:
+    def admit(self, order: Order) -> None:
         """Ask every node whether it is fit. Raises UserError, naming all reasons, if none is."""
         ask = self.ray.remote(_admit)
         asked = {}
         for node in self.fit():
             place = ask.options(num_cpus=0, max_retries=1, label_selector={"ray.io/node-id": node})
-            asked[node] = place.remote(order, probe)
+            asked[node] = place.remote(order)
         deadline = time.monotonic() + PATIENCE
         for node, ref in asked.items():
             try:
