@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from cluster_stages import FULL, Joined, Killed, Large, Step, Wrong
 
-from persona_coupling import cluster, cluster_nodes, progress
+from persona_coupling import cli, cluster, cluster_nodes, progress
 from persona_coupling.cluster_nodes import Order
 from persona_coupling.errors import UserError
 from persona_coupling.profiles import ClusterValues
@@ -117,10 +118,29 @@ def test_no_node_that_is_fit_is_said_with_all_reasons(nodes, tmp_path):
         run(nodes, [Step("a", "log")], tmp_path, ClusterValues(cpus=64.0, gpus=0.0, stack=1))
 
 
-def test_a_cluster_that_is_not_there_is_said(tmp_path):
+def test_a_cluster_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
+    """Before anything is planned or built."""
     pytest.importorskip("ray", reason="Ray is not installed")
-    with pytest.raises(UserError, match="start the run on a node of the cluster"), cluster.connected("ray://x:1"):
-        pass
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"  # bound, and nobody listens
+        for wrong, said in (
+            (address, "nothing answers"),
+            ("there", "nothing answers"),
+            ("ray://x:1", "on a node of the"),
+        ):
+            assert cli.main(["cells", "--profile", "smoke", "--cluster", wrong]) == 2
+            assert said in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--exchange", "file:///x"], "needs --cluster"), (["--cluster", "auto", "--workers", "2"], "one machine")],
+)
+def test_options_that_do_not_go_together_are_said(arguments, said, capsys):
+    assert cli.main(["cells", "--profile", "smoke", *arguments]) == 2
+    assert said in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ without Ray

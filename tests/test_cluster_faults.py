@@ -27,7 +27,8 @@ def command(*more: str) -> list[str]:
 
 def environment(root: Path) -> dict[str, str]:
     """As a user's shell; the nodes' manifests name the same checkout, see `nodes`."""
-    return {**stress.environment(root), "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
+    own = {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", "PERSONA_COUPLING_COMMIT": "unknown"}
+    return {**stress.environment(root), **own}
 
 
 @pytest.fixture(scope="module")
@@ -224,3 +225,21 @@ def test_the_slurm_script_of_the_page_runs(tmp_path: Path) -> None:
     assert code == 0, said[-4000:]
     assert "stages made on Ray" in said
     assert (root / "paper" / "paper-smoke.pdf").is_file()
+
+
+def test_one_big_box_leaves_nothing_in_the_users_home(tmp_path: Path, calm: Path) -> None:
+    """Ray for the time of the run; its token is in no file that later clusters of the user would ask for."""
+    pytest.importorskip("ray", reason="Ray is not installed: `nox -s tests` installs it")
+    root, home = tmp_path / "root", tmp_path / "home"
+    home.mkdir()
+    stress.copy_inputs(root)
+    done = subprocess.run(
+        command("--cluster", "local", *ONLY),
+        env={**environment(root), "HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not (home / ".ray").exists()
+    same(calm, root, "00_replication")

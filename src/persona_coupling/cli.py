@@ -245,10 +245,12 @@ def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[noteboo
         raise UserError("--exchange says how the nodes of a cluster share artifacts: it needs --cluster.")
     if arguments.workers and arguments.cluster:
         raise UserError("--workers is for one machine; on a cluster the profile's [cluster] says what a task takes.")
-    parameters, experiments, store, settings, speeds, planned = _planned(arguments, start=True)
     if arguments.cluster:
         from persona_coupling import cluster
 
+        cluster.look(arguments.cluster)
+    parameters, experiments, store, settings, speeds, planned = _planned(arguments, start=True)
+    if arguments.cluster:
         values = profiles.load(parameters["profile"]).cluster
         cluster.build(planned, store, speeds, values, address=arguments.cluster, exchange=arguments.exchange)
         return parameters, experiments

@@ -9,6 +9,8 @@ nothing of Ray is imported.
 from __future__ import annotations
 
 import os
+import secrets
+import socket
 import sys
 import time
 import uuid
@@ -28,6 +30,7 @@ from persona_coupling.progress import Plan, Speeds, likeness
 from persona_coupling.store import Lab, Stage, Store
 
 ORPHAN = "a parent failed"
+CONNECTING = 10.0  # seconds for a cluster's head to answer
 TICK = 1.0  # seconds between looks at what has finished
 GRACE = 120.0  # seconds without any node that can take a task before the run is given up
 SAYING = 60.0  # seconds between lines on the nodes' utilisation
@@ -236,10 +239,9 @@ def _dead(stage: Stage, error: Exception) -> Exception:
     )
 
 
-@contextmanager
-def connected(address: str) -> Iterator[Any]:
-    """Ray, connected to a cluster (`auto`, `host:port`) or to one that is started on this machine (`local`); left at the
-    end, which ends whatever of ours still runs there. Raises UserError when there is none."""
+def look(address: str) -> Any:
+    """Ray, once it is installed here and something listens at an address that is given. Raises UserError with the remedy:
+    Ray itself would try for minutes."""
     try:
         import ray
     except ImportError as error:
@@ -247,11 +249,32 @@ def connected(address: str) -> Iterator[Any]:
             "--cluster needs Ray: `nox -s reproduce -- --cluster ...` installs it, or `pip install -c constraints.txt "
             "-e .[cluster]`."
         ) from error
-    from persona_coupling.cli import SETTLED
-
     if address.startswith("ray://"):
         raise UserError("--cluster ray://: start the run on a node of the cluster (docs/CLUSTER.md), with `auto`.")
+    if address not in ("auto", "local"):
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), CONNECTING).close()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--cluster {address}: nothing answers there ({error}). Give host:port of the cluster's head, `auto` on one "
+                "of its nodes, or `local` for this machine alone (docs/CLUSTER.md)."
+            ) from error
+    return ray
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """Ray, connected to a cluster (`auto`, `host:port`) or to one that is started on this machine (`local`); left at the
+    end, which ends whatever of ours still runs there. Raises UserError when there is none."""
+    ray = look(address)
+    from persona_coupling.cli import SETTLED
+
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if (
+        address == "local"
+    ):  # Ray asks for a token by itself, and would leave one in the user's home for all later clusters
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # a task that asks for no GPU sees none, as if `num_gpus=0` were meant
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     try:
@@ -263,7 +286,7 @@ def connected(address: str) -> Iterator[Any]:
             logging_level="ERROR",
             **({"include_dashboard": False} if address == "local" else {}),
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(
             f"--cluster {address}: {str(error).strip().splitlines()[0]} Start Ray on this node (docs/CLUSTER.md), give "
             "the head's host:port, or `local` for this machine alone."
