@@ -27,8 +27,7 @@ def command(*more: str) -> list[str]:
 
 def environment(root: Path) -> dict[str, str]:
     """As a user's shell; the nodes' manifests name the same checkout, see `nodes`."""
-    own = {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", "PERSONA_COUPLING_COMMIT": "unknown"}
-    return {**stress.environment(root), **own}
+    return {**stress.environment(root), "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
