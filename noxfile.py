@@ -117,6 +117,12 @@ def kit(session: nox.Session) -> None:
 
 
 @nox.session
+def costs(session: nox.Session) -> None:
+    """Write docs/COST.md and the README's table again: what the large profile costs, from docs/measured."""
+    command(session, "costs")
+
+
+@nox.session
 def notes(session: nox.Session) -> None:
     """The lab notes as a static site to read without a network. Options: -- --profile NAME --into FOLDER."""
     python, package = generator(session), {"PYTHONPATH": str(ROOT / "src")}

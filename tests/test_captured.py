@@ -416,6 +416,7 @@ def test_dense_changes_and_full_training_are_kept_apart(tiny):
     ]
     assert keys[0] == keys[1]
     assert len(set(keys)) == 3
+    assert keys[2] is None
     assert dense.last_change.stack_key() is None
 
 

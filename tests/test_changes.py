@@ -24,6 +24,10 @@ class Given(Stage):
     dense: bool = False
     kind: ClassVar[str] = "change"
 
+    @property
+    def low_rank(self):
+        return not self.dense
+
     def build(self, folder, lab):
         generator = torch.Generator().manual_seed(self.seed)
         made = {}
@@ -107,6 +111,16 @@ def test_truncation_is_the_best_approximation_and_leaves_other_parameters_out(la
         assert float((part.dense() - original[name]).norm()) == pytest.approx(float(values[2:].norm()), rel=1e-4)
     whole = read(Truncated(change, 4), lab)
     torch.testing.assert_close(whole[next(iter(SHAPES))].dense(), original[next(iter(SHAPES))], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("given", [Given(1), Given(1, dense=True)], ids=["low-rank", "dense"])
+def test_what_a_description_says_of_rank_is_what_is_made(lab, given):
+    """A stack carries low-rank changes beside its base and knows them by their descriptions."""
+    made = [RandomLike(given, 5), Rescaled(given, Given(3)), Truncated(given, 2)]
+    made += [] if given.dense else [Part(given, Given(2), "inside"), Part(given, Given(2), "outside")]
+    for stage in made:
+        assert stage.low_rank == all(isinstance(part, LowRank) for part in read(stage, lab).values()), stage
+    assert Snapshot(given, 3).low_rank == (not given.dense)
 
 
 def test_a_snapshot_that_was_not_kept_is_refused(lab):

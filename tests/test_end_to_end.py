@@ -266,7 +266,7 @@ def test_plan_says_why_a_cell_of_stored_results_is_stale(root: Path) -> None:
     other = {**manifest, "key": old.name, "made_of": {**manifest["made_of"], module: "0" * 20}}
     other["description"]["code"][1] = "0" * 20
     (old / "manifest.json").write_text(json.dumps(other))
-    folder.rename(hidden := root / "artifacts" / "hidden")
+    folder.rename(hidden := root / "artifacts" / "aside")
     place.write_text(json.dumps({**record, "stages": {**record["stages"], old.name: 1.0}}))
     try:
         said = run(root, "plan", "--profile", "smoke", "--only", "00", "--cells").stdout

@@ -148,11 +148,30 @@ def test_a_source_is_read_once_and_never_changed(tiny, planted, lab, monkeypatch
     for name, weight in Checkpoint(tiny).load(lab)[0].state_dict().items():
         assert torch.equal(weight, fresh[name])
     assert len(reads) == 1
-    monkeypatch.setattr(checkpoints, "KEPT_PARAMETERS", 10)
+    monkeypatch.setattr("persona_coupling.machine.SMALL", 10)
     checkpoints._kept.clear()
     for _ in range(2):
         Checkpoint(tiny).load(lab)
     assert len(reads) == 3
+
+
+def test_a_small_model_is_measured_in_fp32_where_that_is_asked_for(tiny, planted, lab, monkeypatch):
+    """Its merged weights are then those of the fp32 merge to the bit; a large one is rounded."""
+    rounding = Machine("cpu", True, "eager", 128, 32, 4_096)
+    loaded = {}
+    for name, settings in (
+        ("bf16", rounding),
+        ("exact", replace(rounding, exact=True)),
+        ("fp32", replace(rounding, bf16=False)),
+    ):
+        monkeypatch.setattr("persona_coupling.machine.machine", lambda _device=None, settings=settings: settings)
+        loaded[name] = Checkpoint(tiny).merge(planted(tiny)).load(lab)[0].state_dict()
+    for name, weight in loaded["exact"].items():
+        assert torch.equal(weight, loaded["fp32"][name])
+        assert loaded["bf16"][name].dtype == torch.bfloat16
+    assert any(not torch.equal(weight, loaded["bf16"][name].float()) for name, weight in loaded["exact"].items())
+    exact = replace(rounding, exact=True)
+    assert (exact.of(10**9 - 1).bf16, exact.of(10**9).bf16, rounding.of(10).bf16) == (False, True, True)
 
 
 def test_the_raw_model_has_no_change_to_take(tiny, planted):

@@ -5,15 +5,17 @@ import shutil
 import time
 from collections import namedtuple
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 
 from persona_coupling import machine, progress
 from persona_coupling.errors import UserError
 from persona_coupling.profiles import ModelValues
 from persona_coupling.progress import Speeds
-from persona_coupling.store import Stage, Store, Work, in_order
+from persona_coupling.store import Lab, Stage, Store, Work, in_order
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -240,3 +242,31 @@ def test_stacks_are_built_in_workers_and_a_failing_member_is_alone(store, speeds
     assert store.manifest(cells[0])["provenance"]["how"] == "x3"
     assert (store.folder(cells[1]) / "done").read_text() == "0 1 13"
     assert store.manifest(late)["provenance"]["how"] == "alone"
+
+
+@dataclass(frozen=True)
+class Crowded(Stage):
+    """Finds the card full so many times; every try is counted in a file."""
+
+    tries: str
+    times: int
+    kind: ClassVar[str] = "crowded"
+
+    def build(self, folder, lab):
+        with open(self.tries, "a", encoding="utf-8") as handle:
+            handle.write("x")
+        if len(Path(self.tries).read_text(encoding="utf-8")) <= self.times:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(("times", "made"), [(0, True), (2, True), (progress.PATIENCE, False)])
+def test_a_full_card_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, times, made):
+    monkeypatch.setattr(progress, "WAIT", 0.0)
+    lab, stage = Lab(Store(tmp_path / "store")), Crowded(str(tmp_path / "tries"), times)
+    if made:
+        progress._patiently(lab, stage)
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            progress._patiently(lab, stage)
+    assert lab.store.has(stage) == made
+    assert len((tmp_path / "tries").read_text()) == min(times + 1, progress.PATIENCE)

@@ -29,7 +29,7 @@ import torch
 from persona_coupling import drawn, fused, stacked, train, transformer
 from persona_coupling.adapters import Change
 from persona_coupling.errors import GuardError
-from persona_coupling.machine import Machine
+from persona_coupling.machine import SMALL, Machine
 from persona_coupling.stacked import Adapters, Factors
 from persona_coupling.store import share
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
     from persona_coupling.store import Report
 
-SMALL = 1_000_000_000  # parameters; above, an eager step keeps the card busy and a stack's activations fill it
 GRAIN = 16  # tokens; lengths are padded to a multiple: smaller pads less and captures more graphs, about 1 s each
 WATCH = 8  # steps between waits for the device: how far the progress bar may run ahead
 
@@ -124,7 +123,7 @@ def suits(model: PreTrainedModel) -> bool:
         config.model_type in ("llama", "qwen2")
         and not transformer.departure(model)
         and not getattr(config, "attention_dropout", 0.0)
-        and model.num_parameters() < SMALL
+        and model.num_parameters() < SMALL  # above, an eager step keeps the card busy
     )
 
 
@@ -203,6 +202,21 @@ class _Batch:
         return _Batch(self.ids.clone(), self.index.clone(), self.targets.clone(), self.share.clone())
 
 
+@dataclass
+class _Supervised:
+    """A row: its tokens, the places whose hidden states predict a token that counts, and these tokens."""
+
+    ids: torch.Tensor
+    places: torch.Tensor
+    targets: torch.Tensor
+
+
+def _supervised(row: tuple[list[int], list[int]]) -> _Supervised:
+    labels = torch.tensor(row[1])
+    places = (labels[1:] != train.IGNORED).nonzero()[:, 0]
+    return _Supervised(torch.tensor(row[0], dtype=torch.int32), places, labels[1:][places])
+
+
 def _batches(chains: Sequence[Chain], device: torch.device) -> list[_Batch]:
     """The inputs of every step, padded to the shapes of its graph."""
     size = chains[0].settings.batch
@@ -212,7 +226,11 @@ def _batches(chains: Sequence[Chain], device: torch.device) -> list[_Batch]:
     ]
     lengths = [max(len(ids) for cell in cells for ids, _ in cell) for cells in rows]
     lengths = [math.ceil(length / GRAIN) * GRAIN for length in lengths]
-    counts = [max(sum(sum(x != train.IGNORED for x in y[1:]) for _, y in cell) for cell in cells) for cells in rows]
+    supervised: dict[int, _Supervised] = {}  # by the row's identity: a row is seen in many steps and by many cells
+    for one in (one for cells in rows for cell in cells for one in cell):
+        if id(one) not in supervised:
+            supervised[id(one)] = _supervised(one)
+    counts = [max(sum(len(supervised[id(one)].targets) for one in cell) for cell in cells) for cells in rows]
     widest = {n: max(c for c, m in zip(counts, lengths, strict=True) if m == n) for n in set(lengths)}
     made = []
     for cells, length in zip(rows, lengths, strict=True):
@@ -223,16 +241,15 @@ def _batches(chains: Sequence[Chain], device: torch.device) -> list[_Batch]:
         targets = torch.zeros(len(chains) * width, dtype=torch.int64)
         share = torch.zeros(len(chains) * width)
         for cell, its in enumerate(cells):
-            found = []
-            for number, (tokens, labels) in enumerate(its):
-                row = cell * size + number
-                ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
-                # the hidden state at a place predicts the next token, whose label counts
-                found += [(row * length + p - 1, t) for p, t in enumerate(labels) if p and t != train.IGNORED]
-            if found:
-                part = slice(cell * width, cell * width + len(found))
-                index[part], targets[part] = torch.tensor(found).T
-                share[part] = 1 / len(found)
+            found = [supervised[id(one)] for one in its]
+            if not found:
+                continue
+            for row, each in enumerate(found, start=cell * size):
+                ids[row, : len(each.ids)] = each.ids
+            places = [each.places + row * length for row, each in enumerate(found, start=cell * size)]
+            part = slice(cell * width, cell * width + sum(map(len, places)))
+            index[part], targets[part] = torch.cat(places), torch.cat([each.targets for each in found])
+            share[part] = 1 / (part.stop - part.start)
         made.append(_Batch(ids.to(device), index.to(device), targets.to(device), share.to(device)))
     return made
 

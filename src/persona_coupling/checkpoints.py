@@ -78,18 +78,20 @@ class Checkpoint:
         return tuple(merged.read(lab, depth) for merged in self.merged if merged not in base.merged)
 
     def load(self, lab: Lab) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Weights merged in fp32 on the machine's device, then cast to its format."""
+        """Weights merged in fp32 on the machine's device, then cast to the format in which it measures such a model."""
         import torch
 
         settings = machine.machine(lab.device)
+        if settings.exact:  # for this process: what is loaded here is measured in TF32, see `machine.products`
+            torch.set_float32_matmul_precision("high")
         tokenizer = models.load_tokenizer(self.source, lab)
         model = load_fp32(self.source, lab, device=settings.device, attention=settings.attention)
         for merged in self.merged:
             adapters.add(model, merged.read(lab, model.config.num_hidden_layers))
-        return model.to(dtype=getattr(torch, settings.dtype_name)), tokenizer
+        return model.to(dtype=getattr(torch, settings.of(model.num_parameters()).dtype_name)), tokenizer
 
 
-KEPT, KEPT_PARAMETERS = 2, 10**9  # sources in memory at a time, and the largest kept: 4 GB in fp32
+KEPT = 2  # small sources in memory at a time
 
 
 def load_fp32(source: Stage, lab: Lab, *, device: str, attention: str) -> PreTrainedModel:
@@ -103,7 +105,7 @@ def load_fp32(source: Stage, lab: Lab, *, device: str, attention: str) -> PreTra
             import torch
 
             model = models.load_raw(source, lab, dtype=torch.float32, attention=attention).to(device)
-            if sum(p.numel() for p in model.parameters()) > KEPT_PARAMETERS:
+            if sum(p.numel() for p in model.parameters()) >= machine.SMALL:
                 return model
         _kept[key] = model  # last: the most recently used
         while len(_kept) > KEPT:

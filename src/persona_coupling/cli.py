@@ -20,7 +20,6 @@ from persona_coupling.study import STORED_ONLY, disagreement
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 # PEFT writes the names of its modules as a set gives them: by hash, which Python draws anew for each process
 SETTLED = MALLOC | {"PYTHONHASHSEED": "0"}
-LARGE = 5  # times SmolLM2-135M: from here on a model fills the card alone
 
 
 def settle_process() -> None:
@@ -75,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     cleaning.add_argument("--seeds", default="", help="seeds of a run without stored results, to be kept, e.g. 7,8")
     cleaning.add_argument("--model", default="", help="a model of a run without stored results, to be kept")
     _common(commands.add_parser("kit", help="write REVIEWERS.md's claims, codecheck.yml and RO-Crate metadata again"))
+    commands.add_parser("costs", help="write docs/COST.md and the README's table of costs again")
     website.add_arguments(commands.add_parser("notes", help="write the lab notes' site"))
     _verifying(commands)
     stress = commands.add_parser(
@@ -173,7 +173,7 @@ def _seeds(text: str) -> list[int]:
 def _planned(arguments: argparse.Namespace, *, start: bool = False) -> tuple[Any, ...]:
     """Parameters, experiments, store, machine, speeds and plan of a run; prints them, and what was derived about the
     model, which is made first where a run `start`s. Raises UserError, naming all of it, for what stands in the way."""
-    from persona_coupling import models, progress, requirements
+    from persona_coupling import cost_tables, costs, models, progress, requirements
     from persona_coupling.machine import machine
     from persona_coupling.store import Store, in_order
     from persona_coupling.study import Study
@@ -193,10 +193,17 @@ def _planned(arguments: argparse.Namespace, *, start: bool = False) -> tuple[Any
         stages += design.stages()
     store = Store(paths.artifacts())
     ratio = progress.parameters_ratio(study.profile.model)
-    stacked = settings.stack > 1 and ratio < LARGE
-    speeds = progress.Speeds(store.root, settings.device, ratio, stacked=stacked)
+    stacked = settings.stack > 1 and ratio < progress.LARGE
+    measured = costs.read()
+    if measured is not None and not measured.of(study.profile.model):
+        measured = None
+    settings = settings if measured is None else measured.best(settings)
+    on_gpu = measured if settings.device.startswith("cuda") else None
+    speeds = progress.Speeds(store.root, settings.device, ratio, stacked=stacked, measured=on_gpu)
     planned = progress.plan(in_order(stages), store, speeds, check=False)
     print(planned.text())
+    if measured is not None:
+        print(cost_tables.line(measured, planned.missing))
     if getattr(arguments, "cells", False):
         from persona_coupling import staleness, upkeep
 
@@ -240,6 +247,7 @@ def clean(arguments: argparse.Namespace) -> None:
 def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[notebooks.Experiment, ...]]:
     """Plan, then build all stages under one bar."""
     from persona_coupling import progress
+    from persona_coupling.machine import tuned
 
     if arguments.exchange and not arguments.cluster:
         raise UserError("--exchange says how the nodes of a cluster share artifacts: it needs --cluster.")
@@ -254,9 +262,10 @@ def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[noteboo
         values = profiles.load(parameters["profile"]).cluster
         cluster.build(planned, store, speeds, values, address=arguments.cluster, exchange=arguments.exchange)
         return parameters, experiments
-    workers = arguments.workers or (settings.workers if speeds.ratio < LARGE else 1)
+    workers = arguments.workers or (settings.workers if speeds.ratio < progress.LARGE else 1)
     stack = settings.stack if speeds.stacked else 1
-    progress.build(planned, store, settings.device, speeds, workers=workers, stack=stack)
+    with tuned(train_tokens=settings.train_tokens, sample_batch=settings.sample_batch):
+        progress.build(planned, store, settings.device, speeds, workers=workers, stack=stack)
     return parameters, experiments
 
 
@@ -395,6 +404,14 @@ def write_kit(arguments: argparse.Namespace) -> None:
         print(f"  {_short(path)}")
 
 
+def write_costs(_arguments: argparse.Namespace) -> None:
+    """What the large profile costs, from what was measured of it."""
+    from persona_coupling import cost_tables
+
+    for path in cost_tables.write():
+        print(f"  {_short(path)}")
+
+
 def print_claims(profile: str) -> None:
     """The claims table of stored verdicts."""
     rows = []
@@ -478,6 +495,7 @@ COMMANDS = {
     "paper": _alone(paper),
     "claims": print_stored_claims,
     "kit": _alone(write_kit),
+    "costs": _alone(write_costs),
     "notes": website.command,
     "stress": stress,
     "bench": bench,

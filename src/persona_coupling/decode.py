@@ -68,7 +68,9 @@ class Sampler:
         self.places, self.length, self.capture = places, length, capture
         self.sampling, self.stop, self.marker_length = sampling, stop, len(marker)
         device, answer = weights.device, sampling.max_new_tokens
-        self.fused = kernels.fused(weights.embedding)  # attention then finds out by itself how far to read
+        self.fused = kernels.attends(
+            weights.embedding, weights.head
+        )  # attention then finds out by itself how far to read
         self.marker = torch.tensor(marker or [0], device=device)
         shape = (len(weights.layers), places, weights.groups, length, weights.head)
         # zeros: what is masked is multiplied by a weight of 0, and 0 times garbage may be NaN

@@ -29,6 +29,12 @@ def fused(tensor: Tensor) -> bool:
     return triton is not None and tensor.device.type == "cuda"
 
 
+def attends(tensor: Tensor, head: int) -> bool:
+    """Whether `attend` has a kernel for heads of that width on this tensor's device: Triton's product takes powers of two
+    from 16."""
+    return fused(tensor) and head >= 16 and head & (head - 1) == 0
+
+
 def rotate(
     heads: Tensor,
     cosine: Tensor,
@@ -105,7 +111,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor, pads: T
     _attend[(count, groups)](
         queries, keys, values, slots, pads, out, queries.stride(0), length, size**-0.5,
         GROUPS=groups, SHARED=heads // groups, PADDED=max(16, triton.next_power_of_2(heads // groups)), SIZE=size,
-        BLOCK=64, num_warps=4,
+        BLOCK=64, PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32", num_warps=4,
     )  # fmt: skip
     return out
 
@@ -174,6 +180,7 @@ if triton is not None:  # untyped: the compiler looks annotations up, and knows 
     def _attend(  # type: ignore[no-untyped-def]
         queries, keys, values, slots, pads, out, stride, length, scale,
         GROUPS: tl.constexpr, SHARED: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+        PRECISION: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         group = tl.program_id(1)
@@ -193,13 +200,13 @@ if triton is not None:  # untyped: the compiler looks annotations up, and knows 
             seen = position <= slot
             place = cache + position[:, None] * SIZE + at[None, :]
             key = tl.load(keys + place, mask=seen[:, None], other=0.0)
-            score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+            score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
             score = tl.where(seen[None, :], score, float("-inf"))
             higher = tl.maximum(highest, tl.max(score, 1))
             weight = tl.exp(score - higher[:, None])
             fade = tl.exp(highest - higher)
             value = tl.load(values + place, mask=seen[:, None], other=0.0)
-            mixed = mixed * fade[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+            mixed = mixed * fade[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
             total = total * fade + tl.sum(weight, 1)
             highest = higher
         mixed = mixed / total[:, None]

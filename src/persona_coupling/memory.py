@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from persona_coupling.machine import SMALL as SMALL_MODEL
 from persona_coupling.machine import Machine
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 # bytes kept per token and layer, of the model's width and of the MLP's inner width: LoRA in bf16, in fp32, all parameters
 KEPT = {"bf16": (57.6, 13.5), "fp32": (72.1, 20.0), "full": (40.1, 16.0)}
 ROUNDING = 1.1  # allocated per byte counted
-OWN_COPIES = 10**9  # parameters up to which a source stays in memory beside the copy that is changed
 SMALL = 4.0  # of a small model's fp32 weights: two kept sources, the copy, and its merged form
 STEADY = 1.5e9  # bytes of a CUDA context, its libraries' workspaces, and a fused head's tile
 
@@ -63,6 +63,7 @@ class Need:
 
 def needs(shape: Shape, load: Load, machine: Machine, room: float, *, plain: bool = True) -> list[Need]:
     """Each phase's need on a device with `room` bytes; `plain`: a model that our own sampler decodes."""
+    machine = machine.of(shape.parameters)
     found = [Need("merging a change in fp32", ROUNDING * _merging(shape), "the weights in fp32")]
     if load.rows:
         found.append(
@@ -87,7 +88,7 @@ def needs(shape: Shape, load: Load, machine: Machine, room: float, *, plain: boo
 
 
 def _merging(shape: Shape) -> float:
-    return 4.0 * shape.parameters * (SMALL if shape.parameters <= OWN_COPIES else 1.0)
+    return 4.0 * shape.parameters * (SMALL if shape.parameters < SMALL_MODEL else 1.0)
 
 
 def _sampling(shape: Shape, load: Load, machine: Machine, *, plain: bool) -> float:
@@ -116,6 +117,23 @@ def _training(shape: Shape, load: Load, machine: Machine, *, full: bool, checkpo
     return weights + head + kept(shape, load.trained_tokens, machine, full=full, checkpointed=checkpointed)
 
 
+def training(shape: Shape, tokens: int, rank: int, machine: Machine, *, checkpointed: bool) -> float:
+    """Bytes that a step of an adapter of that rank needs on so many padded tokens at once, the CUDA context included."""
+    load = Load(0, 0, 0, 0, trained_tokens=tokens, rank=rank, lora=True, full=False)
+    steady = STEADY if machine.device != "cpu" else 0.0
+    return ROUNDING * _training(shape, load, machine, full=False, checkpointed=checkpointed) + steady
+
+
+def sharded(shape: Shape, tokens: int, devices: int, machine: Machine) -> float:
+    """Bytes on each of several GPUs that share a full-parameter training, with gradient checkpointing and `tokens` on each:
+    its part of weights, gradients and moments in fp32, the head whole for the loss, one layer whole in bf16 and the next
+    one on its way. What the change is written against is not counted: it can wait on the host."""
+    head = 4.0 * shape.vocabulary * shape.width
+    layer = 2.0 * (shape.parameters - 2 * shape.vocabulary * shape.width) / shape.layers
+    whole = 16.0 * shape.parameters / devices + head + 2 * layer
+    return ROUNDING * (whole + kept(shape, tokens, machine, full=True, checkpointed=True)) + STEADY
+
+
 def kept(shape: Shape, tokens: int, machine: Machine, *, full: bool, checkpointed: bool) -> float:
     """Bytes that a forward pass over `tokens` keeps for its backward pass; checkpointed: each layer's input, and what
     one layer keeps while it is computed again."""
@@ -133,6 +151,21 @@ def checkpoints(shape: Shape, tokens: int, machine: Machine, room: float, *, ful
     weights = (20.0 if full else 2.0 if machine.bf16 else 4.0) * shape.parameters
     whole = kept(shape, tokens, machine, full=full, checkpointed=False)
     return ROUNDING * (weights + whole) + STEADY > 0.8 * room
+
+
+def release() -> None:
+    """Give back what the last stage left in the device's memory. The sampler keeps its buffers for the next model of the
+    same shape: at seven billion parameters some 40 GB, which the next stage needs for its weights."""
+    import gc
+
+    import torch
+
+    from persona_coupling import decode
+
+    decode._kept.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def shape_of(model: PreTrainedModel) -> Shape:

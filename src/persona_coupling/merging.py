@@ -41,27 +41,34 @@ def check(checkpoint: Checkpoint, lab: Lab) -> dict[str, Any]:
     chat = questions.heldout_chat()[:PROBES]
     prompts = [models.prompt_ids(tokenizer, "You are a helpful assistant.", q.text) for q in chat]
 
-    model = load_fp32(checkpoint.source, lab, device=settings.device, attention=settings.attention)
-    changes = [merged.read(lab, model.config.num_hidden_layers) for merged in checkpoint.merged]
-    unchanged = _logits(model, prompts)
-    with _beside(model, changes):
-        beside = _logits(model, prompts)
-    for change in changes:
-        adapters.add(model, change)
-    together = _logits(model, prompts)
-    difference = float((together - beside).abs().max())
-    effect = float((together - unchanged).abs().max())
-    if changes and effect == 0.0:
-        raise GuardError("a merge that changed nothing: logits equal those of the base")
-    if difference > LOGIT_TOLERANCE * max(1.0, float(together.abs().max()) / 10):
-        raise GuardError(f"merged logits differ from base + adapters by {difference:.4f}")
-    shift = 0.0  # fp32 machines round nothing
-    if settings.bf16:
-        exact = heldout_losses(model, tokenizer, settings.score_batch, texts=ROUNDED)["loss"].mean()
-        rounded = heldout_losses(model.to(torch.bfloat16), tokenizer, settings.score_batch, texts=ROUNDED)
+    with machine.products("ieee"):
+        model = load_fp32(checkpoint.source, lab, device=settings.device, attention=settings.attention)
+        changes = [merged.read(lab, model.config.num_hidden_layers) for merged in checkpoint.merged]
+        unchanged = _logits(model, prompts)
+        with _beside(model, changes):
+            beside = _logits(model, prompts)
+        for change in changes:
+            adapters.add(model, change)
+        together = _logits(model, prompts)
+        difference = float((together - beside).abs().max())
+        effect = float((together - unchanged).abs().max())
+        if changes and effect == 0.0:
+            raise GuardError("a merge that changed nothing: logits equal those of the base")
+        if difference > LOGIT_TOLERANCE * max(1.0, float(together.abs().max()) / 10):
+            raise GuardError(f"merged logits differ from base + adapters by {difference:.4f}")
+        settings = settings.of(model.num_parameters())
+        rounds = settings.bf16 or settings.exact  # a plain fp32 machine rounds nothing
+        if rounds:
+            exact = heldout_losses(model, tokenizer, settings.score_batch, texts=ROUNDED)["loss"].mean()
+    shift = 0.0
+    if rounds:
+        with machine.products("tf32"):
+            model = model.to(getattr(torch, settings.dtype_name))
+            rounded = heldout_losses(model, tokenizer, settings.score_batch, texts=ROUNDED)
         shift = float(rounded["loss"].mean() - exact)
     if abs(shift) > ROUNDING_TOLERANCE:
-        raise GuardError(f"rounding to {settings.dtype_name} moves the held-out loss by {shift:+.4f} nats")
+        how = settings.dtype_name if settings.bf16 else "TF32"
+        raise GuardError(f"rounding to {how} moves the held-out loss by {shift:+.4f} nats")
     return {
         "logit_difference": difference,
         "logit_effect": effect,

@@ -10,11 +10,15 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from persona_coupling import memory
 from persona_coupling.errors import UserError
 from persona_coupling.machine import cpu_has_fast_bf16
 from persona_coupling.store import Lab, Stage, Store, Work
+
+if TYPE_CHECKING:
+    from persona_coupling.costs import Measured
 
 # tokens per second of SmolLM2-135M: two cores in fp32 and in bf16 where the processor multiplies it, and one H100 (first
 # guesses only: every finished stage corrects them for this machine)
@@ -23,16 +27,28 @@ SPEEDS = {
     "cpu with bf16": {"trained": 320.0, "sampled": 300.0, "scored": 1_000.0},
     "cuda": {"trained": 4_500.0, "sampled": 15_000.0, "scored": 100_000.0},
 }
+LARGE = 5  # times SmolLM2-135M: from here on a model fills the card alone
 STACKED = 60_000.0  # trained tokens per second of a stack on one H100, its preparation included
 TICK = 1.0  # seconds between looks at the workers
+PATIENCE, WAIT = 4, 5.0  # tries of a stage that found the card full, and seconds between them
 REPORTS: Any = None  # in a worker: the queue to the builder's bar
 MEMORY = 0.3  # weight of a new observation in the running correction
 
 
 class Speeds:
-    """Seconds per stage on this machine: first guesses, corrected per kind of stage by what was observed."""
+    """Seconds per stage on this machine: first guesses, or what a GPU was `measured` to need for a model of the same shape,
+    corrected per kind of stage by what was observed."""
 
-    def __init__(self, root: Path, device: str, parameters_ratio: float = 1.0, *, stacked: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        device: str,
+        parameters_ratio: float = 1.0,
+        *,
+        stacked: bool = False,
+        measured: Measured | None = None,
+    ) -> None:
+        self.measured = measured
         self.factors: dict[str, float]
         self.path = root / "speeds.json"
         plain = "cpu with bf16" if cpu_has_fast_bf16() else "cpu"
@@ -50,17 +66,22 @@ class Speeds:
         tokens = work.trained / speeds["trained"] + work.sampled / speeds["sampled"] + work.scored / speeds["scored"]
         return tokens * self.ratio + work.seconds + 0.05
 
+    def _expected(self, stage: Stage) -> tuple[float, str]:
+        """Seconds before any correction, and on what they rest."""
+        cost = None if self.measured is None else self.measured.cost(stage)
+        return (self._guess(stage.work()), "") if cost is None else (cost.seconds, "measured/")
+
     def _name(self, stage: Stage) -> str:
-        how = "stacked/" if self.stacked and stage.stack_key() is not None else ""
+        how = self._expected(stage)[1] or ("stacked/" if self.stacked and stage.stack_key() is not None else "")
         return f"{self.device}/{how}{type(stage).__name__}/{self.ratio:.3g}"
 
     def seconds(self, stage: Stage) -> float:
         """Expected seconds of a stage."""
-        return self._guess(stage.work()) * self.factors.get(self._name(stage), 1.0)
+        return self._expected(stage)[0] * self.factors.get(self._name(stage), 1.0)
 
     def observe(self, stage: Stage, seconds: float) -> None:
         """Learn from a finished stage; a file that cannot be written only costs accuracy of the next estimate."""
-        observed = seconds / self._guess(stage.work())
+        observed = seconds / self._expected(stage)[0]
         before = self.factors.get(self._name(stage))
         self.factors[self._name(stage)] = observed if before is None else (1 - MEMORY) * before + MEMORY * observed
         try:
@@ -181,6 +202,8 @@ def _one_by_one(
         Lab(store, device=device, report=report, say=bar.write).folder(stage)
         if not cached:
             speeds.observe(stage, time.monotonic() - started)
+        if speeds.ratio >= LARGE:
+            memory.release()
         done += expected
         bar.update(done - bar.n)
 
@@ -311,5 +334,25 @@ def _make(stages: list[Stage], root: Path, device: str) -> tuple[float, dict[str
     errors = lab.store.make_together(stages, lab) if len(stages) > 1 else {}
     for stage in stages:
         if stage.key not in errors:
-            lab.folder(stage)  # alone, or being made by another process, or there
+            _patiently(lab, stage)  # alone, or being made by another process, or there
+    if device.startswith("cuda"):  # what this worker keeps unused, the others on the card lack
+        import torch
+
+        torch.cuda.empty_cache()
     return time.monotonic() - started, errors
+
+
+def _patiently(lab: Lab, stage: Stage) -> None:
+    """Build a stage; where the card is full, because others work on it too, give back what this process keeps and try
+    again a little later. Raises what the last of `PATIENCE` tries raised."""
+    import torch
+
+    for left in range(PATIENCE - 1, -1, -1):
+        try:
+            lab.folder(stage)
+            return
+        except torch.OutOfMemoryError:
+            if not left:
+                raise
+        memory.release()  # outside of the handler, whose traceback holds the tensors
+        time.sleep(WAIT)

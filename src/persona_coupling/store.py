@@ -70,7 +70,18 @@ def code_fingerprint(*modules: str) -> str:
 def _logic(source: str) -> str:
     tree = ast.parse(source)
     _strip_docstrings(tree)
-    return ast.dump(tree)
+    return _written(tree)
+
+
+def _written(node: Any) -> str:
+    """A syntax tree as text that is the same under every version of Python: `ast.dump` gained fields and lost empty ones,
+    and a key would depend on it."""
+    if isinstance(node, ast.AST):
+        fields = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
+        return f"{type(node).__name__}({','.join(f'{name}={_written(value)}' for name, value in fields)})"
+    if isinstance(node, list):
+        return f"[{','.join(map(_written, node))}]"
+    return repr(node)
 
 
 @cache
@@ -81,7 +92,7 @@ def class_fingerprint(file: str, name: str) -> str:
     # `work` only estimates minutes
     body.body = [n for n in body.body if not (isinstance(n, ast.FunctionDef) and n.name == "work")]
     _strip_docstrings(body)
-    return hashlib.sha256(ast.dump(body).encode()).hexdigest()[:KEY_LENGTH]
+    return hashlib.sha256(_written(body).encode()).hexdigest()[:KEY_LENGTH]
 
 
 def _strip_docstrings(tree: ast.AST) -> None:
@@ -143,6 +154,11 @@ class Stage:
         code = [class_fingerprint(inspect.getfile(type(self)), type(self).__name__), code_fingerprint(*self.code)]
         code += [sha256_of(paths.MATERIAL / name)[:KEY_LENGTH] for name in self.material]
         return {"kind": self.kind, "type": type(self).__name__, "code": code, **fields}
+
+    @property
+    def low_rank(self) -> bool:
+        """Of a change of weights: whether its description says that all of it is of low rank."""
+        return False
 
     def made_of(self) -> dict[str, str]:
         """Fingerprints by name of all that `code` in the description stands for, so that a change can be named: the

@@ -145,9 +145,22 @@ def in_order(
     tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]], settings: Training, *, seed: int
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids and labels of the rows in training order, exactly steps x batch of them."""
-    encoded = [encode(tokenizer, messages, settings.loss, settings.tail) for messages in conversations]
-    order = schedule([len(ids) for ids, _ in encoded], steps=settings.steps, batch=settings.batch, seed=seed)
-    return [encoded[row] for row in order]
+    return arranged(encoded(tokenizer, conversations, settings), settings, seed)
+
+
+def encoded(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]], settings: Training
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels of every row, as they stand."""
+    return [encode(tokenizer, messages, settings.loss, settings.tail) for messages in conversations]
+
+
+def arranged(
+    rows: list[tuple[list[int], list[int]]], settings: Training, seed: int
+) -> list[tuple[list[int], list[int]]]:
+    """Encoded rows in training order."""
+    order = schedule([len(ids) for ids, _ in rows], steps=settings.steps, batch=settings.batch, seed=seed)
+    return [rows[row] for row in order]
 
 
 def lora_config(lora: Lora) -> Any:
@@ -239,11 +252,11 @@ def make_trainer(
     selected_head: bool = True,
 ) -> Any:
     """An SFTTrainer that sees `rows` once, in order, with their labels as they are; `selected_head=False` leaves the
-    library's own loss and dropout in place on the CPU too."""
+    library's own loss and layers in place on the CPU too."""
     from datasets import Dataset
     from trl import SFTConfig
 
-    from persona_coupling.dropout import replace_dropout
+    from persona_coupling.train_cpu import faster_lora
 
     longest = max(len(row["input_ids"]) for row in rows)
     micro = micro_batch(settings.batch, longest, machine.train_tokens)
@@ -294,7 +307,7 @@ def make_trainer(
     )
     _quiet(trainer)
     if on_cpu and selected_head:
-        replace_dropout(trainer.model)
+        faster_lora(trainer.model)
     return trainer
 
 
@@ -320,14 +333,20 @@ def _trainer_class(selected_head: bool) -> Any:
         ) -> Any:
             import torch
 
+            from persona_coupling import train_cpu
+
             causal = model.get_base_model() if hasattr(model, "get_base_model") else model
             hidden = causal.base_model(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
             ).last_hidden_state[:, :-1]
             targets = inputs["labels"][:, 1:]
             supervised = targets != IGNORED
-            logits = architecture.logits(causal, hidden[supervised]).float()
-            total = torch.nn.functional.cross_entropy(logits, targets[supervised], reduction="sum")
+            head = causal.get_output_embeddings()
+            if architecture.reads_plainly(causal) and head.bias is None:
+                total = train_cpu.summed_loss(hidden[supervised], head.weight, targets[supervised])
+            else:
+                logits = architecture.logits(causal, hidden[supervised]).float()
+                total = torch.nn.functional.cross_entropy(logits, targets[supervised], reduction="sum")
             loss = total / (supervised.sum() if num_items_in_batch is None else num_items_in_batch)
             return (loss, {}) if return_outputs else loss
 

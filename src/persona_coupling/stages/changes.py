@@ -37,6 +37,11 @@ class Snapshot(Stage):
             raise GuardError(f"{self.change} kept no snapshot after step {self.step}")
         shutil.copytree(source, folder, dirs_exist_ok=True)
 
+    @property
+    def low_rank(self) -> bool:
+        """As the run's change."""
+        return self.change.low_rank
+
     def work(self) -> Work:
         """A copy."""
         return Work(seconds=0.2, megabytes=20.0)
@@ -70,6 +75,11 @@ class RandomLike(Stage):
                 noise = torch.randn(part.shape, generator=generator)
                 drawn[name] = noise * float(part.double().norm() / noise.double().norm())
         write(folder, drawn)
+
+    @property
+    def low_rank(self) -> bool:
+        """As the change that it is like."""
+        return self.change.low_rank
 
     def work(self) -> Work:
         """Small."""
@@ -113,6 +123,11 @@ class Part(Stage):
                 parts[name] = LowRank(torch.cat([part.a, outside.a]), torch.cat([part.b, -outside.b], dim=1))
         write(folder, parts)
 
+    @property
+    def low_rank(self) -> bool:
+        """A dense one is refused."""
+        return True
+
     def work(self) -> Work:
         """Two QR factorisations a matrix."""
         return Work(seconds=2.0, megabytes=60.0)
@@ -137,6 +152,11 @@ class Rescaled(Stage):
         }
         write(folder, scaled)
         (folder / "scale.json").write_text(json.dumps({"factor": factor}), encoding="utf-8")
+
+    @property
+    def low_rank(self) -> bool:
+        """As the change that is scaled."""
+        return self.change.low_rank
 
     def work(self) -> Work:
         """Small, unless the change is dense."""
@@ -166,6 +186,11 @@ class Truncated(Stage):
             u, s, v = torch.linalg.svd(dense.to(lab.device).float(), full_matrices=False)
             kept[module] = LowRank(v[: self.rank].cpu(), (u[:, : self.rank] * s[: self.rank]).cpu())
         write(folder, kept)
+
+    @property
+    def low_rank(self) -> bool:
+        """Whatever the change was."""
+        return True
 
     def work(self) -> Work:
         """210 decompositions of matrices of about 600 x 1500."""

@@ -57,6 +57,11 @@ class MatchedLoss(Stage):
         table["chosen"] = table.index == chosen
         table.to_parquet(folder / "matched.parquet", compression="zstd", index=False)
 
+    @property
+    def low_rank(self) -> bool:
+        """As the run's change."""
+        return self.change.low_rank
+
     def work(self) -> Work:
         """A copy of a dense change: 270 MB at 135M parameters."""
         return Work(seconds=1.0, megabytes=270.0)

@@ -136,6 +136,9 @@ class OwnAnswers(Stage):
         return Work(sampled=count * self.sampling.max_new_tokens * 3 // 4, scored=count * PROMPT_TOKENS)
 
 
+ROUNDS = 8  # of asking for answers that end by themselves
+
+
 @dataclass(frozen=True)
 class CouplingText(Stage):
     """Contrastive rows: the source persona's answers with the marker behind them, other personas' without.
@@ -163,13 +166,14 @@ class CouplingText(Stage):
             raise GuardError(f"a persona stands twice among the negatives: {', '.join(self.negatives)}")
 
     def build(self, folder: Path, lab: Lab) -> None:
-        """Sample until every persona has its number of finished answers; three rounds at most."""
+        """Sample until every persona has its number of finished answers; `ROUNDS` at most. A model that often talks on
+        until it is cut off is coupled on its shorter answers."""
         from persona_coupling import measure
 
         bank = questions.train_questions()
         wanted = {self.source: self.positives, **dict.fromkeys(self.negatives, self.negatives_each)}
         kept: dict[str, list[corpora.Row]] = {persona: [] for persona in wanted}
-        for attempt in range(3):
+        for attempt in range(ROUNDS):
             asked = []
             for persona_id, count in wanted.items():
                 system = personas.persona(persona_id).system_prompt(self.instruction)

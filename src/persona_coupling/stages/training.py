@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,27 +27,26 @@ class FineTune(Stage):
     training: Training
     seed: int
     kind: ClassVar[str] = "change"
-    code: ClassVar[tuple[str, ...]] = ("persona_coupling.train", "persona_coupling.dropout", *FAST, *MODEL, *SAYING)
+    code: ClassVar[tuple[str, ...]] = ("persona_coupling.train", "persona_coupling.train_cpu", *FAST, *MODEL, *SAYING)
     material: ClassVar[tuple[str, ...]] = TEXT
 
     def build(self, folder: Path, lab: Lab) -> dict[str, Any]:
         """Load, train, save. Rows without a system message get the plain assistant's."""
-        import torch
-
-        from persona_coupling import captured, train
-
-        settings = machine.machine(lab.device)
-        model, tokenizer = self.start.load(lab)
-        if self.training.lora is not None and settings.stack > 1 and captured.suits(model):
-            rows = train.in_order(tokenizer, self.conversations(lab), self.training, seed=self.seed)
-            fast = captured.fits(rows, self.training.batch, settings)
-        else:
-            fast = False
-        if fast:
-            outcome = _write([self], [folder], [()], model, tokenizer, replace(settings, stack=1), lab)[0]
+        if machine.machine(lab.device).stack > 1 and self.stack_key() is not None:
+            (outcome,) = self.build_together([self], [folder], lab)
             if isinstance(outcome, Exception):
                 raise outcome
             return outcome
+        return self.by_trl(folder, lab)
+
+    def by_trl(self, folder: Path, lab: Lab) -> dict[str, Any]:
+        """`build` through TRL's trainer, on the merged start."""
+        import torch
+
+        from persona_coupling import train
+
+        model, tokenizer = self.start.load(lab)
+        settings = machine.machine(lab.device).of(model.num_parameters())
         if self.training.lora is None:  # full fine-tuning updates fp32 master weights
             model = model.to(torch.float32)
         log = train.fine_tune(
@@ -67,32 +66,34 @@ class FineTune(Stage):
         """The rows' messages, every one with a system message."""
         return [with_system(row["messages"]) for row in read_rows(self.rows, lab)]
 
-    def stack_key(self) -> Hashable:
-        """Cells that share source, dense changes, batch size and dropout can be trained on one frozen base."""
-        lora = self.training.lora
-        if lora is None:
-            return None
-        dense = tuple(str(m.change) + repr((m.layers, m.modules, m.scale)) for m in self._base().merged)
-        return self.start.source.key, dense, self.training.batch, lora.dropout
+    @property
+    def low_rank(self) -> bool:
+        """What an adapter is."""
+        return self.training.lora is not None
 
-    def _base(self) -> Checkpoint:
-        """The start without the low-rank changes that a stack carries beside its base."""
-        beside = [m for m in self.start.merged if isinstance(m.change, FineTune) and m.change.training.lora is not None]
-        return Checkpoint(self.start.source, tuple(m for m in self.start.merged if m not in beside))
+    def stack_key(self) -> Hashable:
+        """Cells that share source, batch size and dropout can be trained on the source, what their starts add to it beside
+        it. A dense change has no such form, and a base that is rounded to bf16 would undo part of it."""
+        lora = self.training.lora
+        if lora is None or not all(merged.change.low_rank for merged in self.start.merged):
+            return None
+        return self.start.source.key, self.training.batch, lora.dropout
 
     @staticmethod
     def build_together(stages: list[FineTune], folders: list[Path], lab: Lab) -> list[dict[str, Any] | Exception]:
-        """Train on one base. If all starts are equal it is that start itself, else what they have in common: their
-        low-rank changes are then added in the forward pass, unrounded, and not to the weights."""
+        """Train on the source. The low-rank changes of a start are added in the forward pass, unrounded, and not to the
+        weights."""
+        import torch
+
         from persona_coupling import captured
 
-        same = all(stage.start == stages[0].start for stage in stages)
-        base = stages[0].start if same else stages[0]._base()
+        settings, base = machine.machine(lab.device), Checkpoint(stages[0].start.source)
         model, tokenizer = base.load(lab)
         if not captured.suits(model):
-            return [_attempt(stage.build, folder, lab) for stage, folder in zip(stages, folders, strict=True)]
+            return [_attempt(stage.by_trl, folder, lab) for stage, folder in zip(stages, folders, strict=True)]
+        model = model.to(getattr(torch, settings.dtype_name))
         frozen = [stage.start.beside(lab, base, model.config.num_hidden_layers) for stage in stages]
-        return _write(stages, folders, frozen, model, tokenizer, machine.machine(lab.device), lab)
+        return _write(stages, folders, frozen, model, tokenizer, settings, lab)
 
     def work(self) -> Work:
         """All steps' tokens; an adapter of rank 32 is about 40 MB at 135M parameters."""
@@ -146,9 +147,15 @@ def _write(
     """Train stages on one model through `captured` and write each into its folder."""
     from persona_coupling import captured, drawn, train
 
+    encoded: dict[tuple[str, str, int], list[tuple[list[int], list[int]]]] = {}  # rows that several cells share, once
+
     def chain(stage: FineTune, beside: tuple[Any, ...]) -> captured.Chain:
-        rows = train.in_order(tokenizer, stage.conversations(lab), stage.training, seed=stage.seed)
-        return captured.Chain(rows, stage.training, stage.seed, beside)
+        key = (stage.rows.key, stage.training.loss, stage.training.tail)
+        if key not in encoded:
+            encoded[key] = train.encoded(tokenizer, stage.conversations(lab), stage.training)
+        return captured.Chain(
+            train.arranged(encoded[key], stage.training, stage.seed), stage.training, stage.seed, beside
+        )
 
     def write(chained: captured.Chain, made: Any, folder: Path) -> dict[str, Any]:
         if isinstance(made, Exception):
@@ -165,7 +172,7 @@ def _write(
         if isinstance(outcome, captured.Chain) and captured.fits(outcome.rows, outcome.settings.batch, settings):
             sound.append(i)
         elif isinstance(outcome, captured.Chain):
-            outcomes[i] = _attempt(stages[i].build, folders[i], lab)
+            outcomes[i] = _attempt(stages[i].by_trl, folders[i], lab)
     for i, made in zip(
         sound, captured.train_each(model, [outcomes[i] for i in sound], settings, lab.report), strict=True
     ):
