@@ -259,8 +259,20 @@ def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[noteboo
         cluster.look(arguments.cluster)
     parameters, experiments, store, settings, speeds, planned = _planned(arguments, start=True)
     if arguments.cluster:
-        values = profiles.load(parameters["profile"]).cluster
-        cluster.build(planned, store, speeds, values, address=arguments.cluster, exchange=arguments.exchange)
+        from persona_coupling import costs
+        from persona_coupling.study import Study
+
+        profile = Study.open(parameters["profile"], model=parameters["model"] or None).profile
+        known = costs.read()
+        cluster.build(
+            planned,
+            store,
+            speeds,
+            profile.cluster,
+            address=arguments.cluster,
+            exchange=arguments.exchange,
+            measured=known is not None and bool(known.of(profile.model)),
+        )
         return parameters, experiments
     workers = arguments.workers or (settings.workers if speeds.ratio < progress.LARGE else 1)
     stack = settings.stack if speeds.stacked else 1

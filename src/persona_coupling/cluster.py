@@ -43,7 +43,8 @@ def _make(stages: list[Stage], order: Order, *before: Outcome) -> Outcome:
     """The task: build one stage, or several together, whose parents are made."""
     import torch
 
-    from persona_coupling.machine import machine
+    from persona_coupling import costs
+    from persona_coupling.machine import machine, tuned
 
     outcome = here()
     bad = {key for parent in before for key in parent.errors}
@@ -57,23 +58,26 @@ def _make(stages: list[Stage], order: Order, *before: Outcome) -> Outcome:
     torch.set_num_threads(order.threads)
     started = time.monotonic()
     store = order.store()
-    lab = Lab(store, device=machine().device)
+    settings, known = machine(), costs.read() if order.measured else None
+    settings = known.best(settings) if known is not None else settings
+    lab = Lab(store, device=settings.device)
     outcome.found = [stage.key for stage in stages if store.has(stage)]
-    failed = store.make_together(stages, lab) if len(stages) > 1 else {}
-    for stage in stages:
-        error = failed.get(stage.key)
-        if error is None:
-            try:
-                lab.folder(stage)
-                continue
-            except Exception as raised:  # noqa: BLE001 - it is the driver's to raise
-                error = raised
-        cause = None if isinstance(error, ExchangeError) else storage.cause(error)
-        if cause is not None and cause.errno in (*storage.FULL, *storage.READ_ONLY):
-            outcome.unfit = str(error)
-            outcome.undone.append(stage.key)
-        else:
-            outcome.errors[stage.key] = _portable(error)
+    with tuned(train_tokens=settings.train_tokens, sample_batch=settings.sample_batch):
+        failed = store.make_together(stages, lab) if len(stages) > 1 else {}
+        for stage in stages:
+            error = failed.get(stage.key)
+            if error is None:
+                try:
+                    lab.folder(stage)
+                    continue
+                except Exception as raised:  # noqa: BLE001 - it is the driver's to raise
+                    error = raised
+            cause = None if isinstance(error, ExchangeError) else storage.cause(error)
+            if cause is not None and cause.errno in (*storage.FULL, *storage.READ_ONLY):
+                outcome.unfit = str(error)
+                outcome.undone.append(stage.key)
+            else:
+                outcome.errors[stage.key] = _portable(error)
     outcome.seconds = time.monotonic() - started
     return outcome
 
@@ -87,7 +91,14 @@ def _portable(error: Exception) -> Exception:
 
 
 def build(
-    planned: Plan, store: Store, speeds: Speeds, values: ClusterValues, *, address: str, exchange: str = ""
+    planned: Plan,
+    store: Store,
+    speeds: Speeds,
+    values: ClusterValues,
+    *,
+    address: str,
+    exchange: str = "",
+    measured: bool = False,
 ) -> str:
     """Build what is missing on a cluster, under one bar with an ETA. Returns how busy the nodes were, for people.
 
@@ -100,7 +111,7 @@ def build(
     with connected(address) as ray, _probe(store) as probe:
         nodes = Nodes(ray, values)
         threads = max(1, int(values.cpus))
-        order = Order(identity(), provenance.commit(), str(store.root), exchange, str(probe), threads)
+        order = Order(identity(), provenance.commit(), str(store.root), exchange, str(probe), threads, measured)
         nodes.admit(order)
         missing = planned.missing
         if isinstance(local, TravellingStore):

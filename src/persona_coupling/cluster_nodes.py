@@ -37,6 +37,7 @@ class Order:
     exchange: str
     probe: str  # a lock in that folder which the driver holds
     threads: int
+    measured: bool = False  # whether the batches that measured best for the large model are to be used (`costs`)
 
     def store(self) -> Store:
         """The store of the process that asks."""
