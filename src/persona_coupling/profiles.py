@@ -112,6 +112,16 @@ class GateValues:
 
 
 @dataclass(frozen=True)
+class ClusterValues:
+    """What one task asks of a cluster, see `cluster`. It says where a stage runs, not what comes out: no result's record
+    holds it, and none is compared by it."""
+
+    cpus: float
+    gpus: float  # of one card, where the cluster has any: below 1 several tasks share it
+    stack: int  # most cells that one task trains together on its share of a card
+
+
+@dataclass(frozen=True)
 class Profile:
     """All values of a run."""
 
@@ -130,10 +140,13 @@ class Profile:
     prebaked: TrainingValues
     scratch: TrainingValues
     gates: GateValues
+    cluster: ClusterValues = ClusterValues(cpus=1.0, gpus=1.0, stack=1)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values; a shape that is not declared is left out, as in results older than shapes."""
+        """Plain JSON values, without where stages run; a shape that is not declared is left out, as in results older than
+        shapes."""
         made: dict[str, Any] = _jsonable(dataclasses.asdict(self))
+        del made["cluster"]
         made["model"] = {name: value for name, value in made["model"].items() if value or name not in SHAPE}
         return made
 

@@ -293,7 +293,7 @@ def groups(waiting: list[Stage], under_way: list[Stage], stack: int) -> list[lis
     if any(stacked(stage) for stage in under_way):
         return alone
     together: dict[Any, list[Stage]] = {}
-    for stage in sorted((s for s in ready if stacked(s)), key=_likeness):
+    for stage in sorted((s for s in ready if stacked(s)), key=likeness):
         together.setdefault(stage.stack_key(), []).append(stage)
     whole = [
         mates[:stack]
@@ -305,7 +305,8 @@ def groups(waiting: list[Stage], under_way: list[Stage], stack: int) -> list[lis
     return alone + whole[-1:]
 
 
-def _likeness(stage: Stage) -> tuple[str, ...]:
+def likeness(stage: Stage) -> tuple[str, ...]:
+    """Equal for cells with the same rows and seed, which see batches of the same lengths."""
     return (*(parent.key for parent in stage.parents() if parent.kind == "rows"), str(getattr(stage, "seed", "")))
 
 

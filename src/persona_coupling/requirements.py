@@ -35,9 +35,9 @@ class Found:
     card: Card | None = None
 
 
-def check(profile: Profile, source: Stage, missing: Sequence[Stage], store: Store, machine: Machine) -> Found:
-    """Look at everything that a run of the `missing` stages needs. Raises UserError for a model that does not fit the
-    study: then nothing else matters."""
+def check(profile: Profile, source: Stage, missing: Sequence[Stage], store: Store, machine: Machine | None) -> Found:
+    """Look at everything that a run of the `missing` stages needs; without a machine, at all but its memory. Raises
+    UserError for a model that does not fit the study: then nothing else matters."""
     found = Found()
     _check_hub(found, profile, source, missing, store)
     folder = card.folder_of(source, store)
@@ -51,7 +51,10 @@ def check(profile: Profile, source: Stage, missing: Sequence[Stage], store: Stor
             )
     else:
         found.lines.append("  (the model's card is printed once its files are here)")
-    _check_memory(found, profile, missing, machine)
+    if machine is None:
+        found.lines.append("  memory        of the nodes that compute is not looked at from here")
+    else:
+        _check_memory(found, profile, missing, machine)
     return found
 
 

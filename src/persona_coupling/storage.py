@@ -49,7 +49,11 @@ def message(error: OSError, root: Path) -> str:
 def in_words(error: Exception, root: Path) -> Exception:
     """A UserError with a remedy in place of an error of the disk that holds a store; any other error as it is."""
     found = None if isinstance(error, UserError) else cause(error)
-    return error if found is None else UserError(message(found, root))
+    if found is None:
+        return error
+    worded = UserError(message(found, root))
+    worded.__cause__ = error  # as `raise ... from` keeps it
+    return worded
 
 
 @contextmanager
