@@ -179,6 +179,15 @@ CHANGES = {
 }
 
 
+def test_a_design_may_ask_a_cell_for_other_samples_than_the_profile(tmp_path, part):
+    part.record["profile"]["evaluation"]["samples"] = 5
+    part.save(tmp_path)
+    assert evidence.read(tmp_path, {"A": 2})
+    for samples in ({}, {"B": 2}, {"A": 3}):
+        with pytest.raises(UserError, match="is missing"):
+            evidence.read(tmp_path, samples)
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_part_must_be_what_its_record_says(tmp_path, part, name):
     part.save(tmp_path / "sound")

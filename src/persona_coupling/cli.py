@@ -318,7 +318,9 @@ def combine(arguments: argparse.Namespace) -> None:
         if not folders:
             print(f"  {experiment.name}: none of the parts has it")
             continue
-        results = evidence.combine([evidence.read(folder) for folder in folders])
+        asked = notebooks.design_of(experiment, {"profile": name, "seeds": [], "model": ""})
+        samples = {cell.condition: cell.evaluation.samples for cell in asked.cells}
+        results = evidence.combine([evidence.read(folder, samples) for folder in folders])
         if results.record["profile"]["name"] != name:
             raise UserError(f"The parts are of the profile {results.record['profile']['name']}, not {name}.")
         seeds = results.record["profile"]["seeds"]

@@ -7,7 +7,7 @@ each keeps its own provenance.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from persona_coupling.store import sha256_of
 from persona_coupling.study import Results, read_table
 
 
-def read(folder: Path) -> Results:
-    """A part as it was written. Raises UserError when it is absent, a table differs from its record, a name leads out of
+def read(folder: Path, samples: Mapping[str, int] | None = None) -> Results:
+    """A part as it was written; `samples` by condition, see `received.check`. Raises UserError when it is absent, a table differs from its record, a name leads out of
     the folder, or the part is not what its own record says (`received.check`)."""
     path = folder / "record.json"
     if not path.is_file():
@@ -36,7 +36,7 @@ def read(folder: Path) -> Results:
         untrusted.check_table(table)
         tables[name] = read_table(table)
     results = Results(tables, record)
-    received.check(results, folder)
+    received.check(results, folder, samples)
     return results
 
 

@@ -1,12 +1,13 @@
 """Parts of results that others computed: are they complete, and are they what their own record says?
 
 Hashes say that a part arrived as it was written, not that it was written as the study asks: that is looked at here,
-against the record's own profile and this package's personas and questions.
+against the record's own profile, this package's personas and questions, and the samples that an experiment's design asks
+of its cells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from persona_coupling.study import Results
 SHOWN = 3  # faults in a message
 
 
-def check(results: Results, folder: Path) -> None:
+def check(results: Results, folder: Path, samples: Mapping[str, int] | None = None) -> None:
     """Raise UserError, naming the first faults, when a part is not what its record says: its personas, questions,
-    samples and seeds, each once, under the persona's own system prompt and the question's own words."""
+    samples and seeds, each once, under the persona's own system prompt and the question's own words. `samples` are answers
+    per persona and question, by condition, where the design asks for others than the profile."""
     try:
-        faults = list(_faults(results))
+        faults = list(_faults(results, samples or {}))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder / 'record.json'} or a table beside it is not as `cells` writes it ({type(error).__name__}: {error})."
@@ -35,7 +37,7 @@ def check(results: Results, folder: Path) -> None:
         )
 
 
-def _faults(results: Results) -> Iterator[str]:
+def _faults(results: Results, samples: Mapping[str, int]) -> Iterator[str]:
     record, tables = results.record, results.tables
     seeds = record["profile"]["seeds"]
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
@@ -57,18 +59,21 @@ def _faults(results: Results) -> Iterator[str]:
         if strange:
             yield f"{name} has the conditions {sorted(strange)}, which are in no record"
     if cells:
-        yield from _answers(tables["completions"], record, set(cells), ["persona", "question", "sample"])
-        yield from _answers(tables["fixed"], record, set(cells), ["persona", "question"])
+        yield from _answers(tables["completions"], record, set(cells), ["persona", "question", "sample"], samples)
+        yield from _answers(tables["fixed"], record, set(cells), ["persona", "question"], {})
 
 
 def _answers(
-    table: pd.DataFrame, record: dict[str, Any], cells: set[tuple[str, int]], keys: list[str]
+    table: pd.DataFrame,
+    record: dict[str, Any],
+    cells: set[tuple[str, int]],
+    keys: list[str],
+    samples: Mapping[str, int],
 ) -> Iterator[str]:
     """Every cell has every persona, question and sample once."""
     asked = record["profile"]["evaluation"]
     bank = {question.id: question.text for question in questions.eval_questions(asked["everyday"], asked["values"])}
     people = {persona.id: persona.prompt for persona in personas.personas()}
-    wanted = pd.MultiIndex.from_product([list(people), list(bank), range(asked["samples"])][: len(keys)])
     name = "completions" if "sample" in keys else "fixed"
     groups = dict(list(table.groupby(["condition", "seed"], sort=False))) if len(table) else {}
     for cell in sorted(cells | set(groups)):
@@ -76,7 +81,8 @@ def _answers(
         if cell not in cells or cell not in groups:
             yield f"{where}: in the {'record' if cell in cells else 'table'} alone"
             continue
-        part = groups[cell]
+        part, count = groups[cell], samples.get(cell[0], asked["samples"])
+        wanted = pd.MultiIndex.from_product([list(people), list(bank), range(count)][: len(keys)])
         found = pd.MultiIndex.from_frame(part[keys])
         lacking, strange = wanted.difference(found), found.difference(wanted)
         if found.has_duplicates:
