@@ -144,7 +144,7 @@ def profile_name(asked: str) -> str:
 
 
 def stored_profile(asked: str) -> str:
-    """The profile asked for, or the first of full, quick that has stored results."""
+    """The profile asked for, or the one that the evidence is of. Raises UserError if there is none."""
     found = asked or _evidence()
     if found is None:
         raise UserError("There are no stored results. Run `nox -s reproduce` first.")
@@ -152,11 +152,9 @@ def stored_profile(asked: str) -> str:
 
 
 def _evidence() -> str | None:
-    """The strongest profile that has stored results; smoke is none."""
-    for name in ("full", "quick"):
-        if notebooks.stored(name):
-            return name
-    return None
+    """The strongest profile that has stored results of every experiment, else of any; smoke is none."""
+    stored = {name: len(notebooks.stored(name)) for name in ("full", "quick")}
+    return next((name for name in stored if stored[name] and stored[name] == max(stored.values())), None)
 
 
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from persona_coupling.study import Results, read_table
 
 
 def read(folder: Path, samples: Mapping[str, int] | None = None) -> Results:
-    """A part as it was written; `samples` by condition, see `received.check`. Raises UserError when it is absent, a table differs from its record, a name leads out of
-    the folder, or the part is not what its own record says (`received.check`)."""
+    """A part as it was written; `samples` by condition, see `received.check`. Raises UserError when it is absent, a table
+    differs from its record, a name leads out of the folder, or the part is not what its own record says."""
     path = folder / "record.json"
     if not path.is_file():
         raise UserError(f"There are no results in {folder}.")

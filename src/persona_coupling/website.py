@@ -28,10 +28,11 @@ TITLE = "Does any LoRA fine-tuning destroy a persona’s learned marker, and why
 
 
 def stored_profile(asked: str) -> str:
-    """The profile asked for, or the first of full, quick that has verdicts. Raises UserError where there are none."""
-    for name in [asked] if asked else ["full", "quick"]:
-        if (paths.generated(name) / "index.json").is_file():
-            return name
+    """The profile asked for, or of full and quick the one with the most lab notes. Raises UserError where it has no
+    verdicts."""
+    judged = [n for n in ([asked] if asked else ["full", "quick"]) if (paths.generated(n) / "index.json").is_file()]
+    if judged:
+        return max(judged, key=lambda name: len(list(paths.experiments().glob(f"*/lab_notes/{name}.ipynb"))))
     wanted = asked or "quick"
     raise UserError(f"There are no verdicts of {wanted}. Run `nox -s reproduce -- --profile {wanted}`.")
 
