@@ -349,6 +349,19 @@ def test_the_kit_is_written_with_the_paper_of_the_evidence_only(root: Path, monk
     assert written == ["quick"]
 
 
+def test_the_evidence_is_the_profile_with_the_most_experiments(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: dict[str, int] = {}
+    monkeypatch.setattr("persona_coupling.notebooks.stored", lambda profile: ("x",) * ran.get(profile, 0))
+    for ran_now, evidence in (({}, None), ({"quick": 8}, "quick"), ({"full": 3, "quick": 8}, "quick")):
+        ran.clear()
+        ran.update(ran_now)
+        assert cli._evidence() == evidence
+    for ran_now in ({"full": 8, "quick": 8}, {"full": 1}):
+        ran.clear()
+        ran.update(ran_now)
+        assert cli._evidence() == "full"
+
+
 def test_a_kit_of_plumbing_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["kit", "--profile", "smoke"]) == 2
     assert "which is of the profile quick, not smoke" in capsys.readouterr().err

@@ -67,6 +67,15 @@ def test_the_readme_is_rewritten_between_its_comments_only(tmp_path, monkeypatch
     assert "one seed" not in text
     assert "1 seed)" in text
     assert "old" not in text
+    assert "have been run" not in text
+    other = tmp_path / "experiments" / "03_x" / "results" / "full"
+    other.mkdir(parents=True)
+    (tmp_path / "experiments" / "03_x" / "x.py").write_text("# %%\n")
+    (other / "record.json").write_text('{"profile": {"seeds": [0, 1]}}')
+    paths.pdf("full").parent.mkdir()
+    paths.pdf("full").write_bytes(b"%PDF")
+    prose.write_readme({"headline": {"sentences": [], "open": []}, "profile": profile})
+    assert "Of the profile `full` (2 seeds) the experiments 03 of 1 have been run: [its paper]" in readme.read_text()
     readme.write_text("no comments")
     with pytest.raises(GuardError, match="lacks the comments"):
         prose.write_readme({"headline": {"sentences": [], "open": []}, "profile": profile})

@@ -448,7 +448,9 @@ def collect(design: Design, profile: Profile, lab: Lab) -> Results:
         said = parts["completions"][-1]["completion"]
         text = canonical_json(said.tolist())
         other = outputs.get((text, cell.seed))
-        alike = said.nunique() <= COLLAPSED * len(said)  # a model that has one answer to everything is no mislabelled one
+        alike = said.nunique() <= COLLAPSED * len(
+            said
+        )  # a model that has one answer to everything is no mislabelled one
         if other is not None and (other, cell.condition) not in design.same and not alike:
             raise GuardError(f"{other} and {cell.condition} gave the same completions to the letter")
         outputs[text, cell.seed] = cell.condition

@@ -23,6 +23,7 @@ from persona_coupling import outputs
 WIDTH = 6.3  # inches: the text width of the paper
 SOURCE_COLOUR, BYSTANDER_COLOUR = sns.color_palette("colorblind")[3], sns.color_palette("colorblind")[0]
 GREY = "0.45"
+DPI = 200  # of the PNG
 
 
 @contextmanager
@@ -46,6 +47,7 @@ def theme() -> Iterator[None]:
             "svg.hashsalt": "persona-coupling",
             "svg.fonttype": "path",
             "figure.constrained_layout.use": True,
+            "text.hinting": "none",  # a text's width is then the same share of the figure at every resolution
         }
         with mpl.rc_context(settings):
             yield
@@ -62,7 +64,7 @@ def save(figure: Figure, folder: Path, name: str, data: pd.DataFrame, stamp: str
         with outputs.replaced(folder / f"{name}.svg") as place:
             figure.savefig(place, format="svg", metadata={"Date": None, "Creator": None})
         with outputs.replaced(folder / f"{name}.png") as place:
-            figure.savefig(place, format="png", dpi=200, metadata={"Software": None})
+            figure.savefig(place, format="png", dpi=DPI, metadata={"Software": None})
     plt.close(figure)
     outputs.write(folder / f"{name}.csv", data.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     return folder / f"{name}.svg"
@@ -70,7 +72,9 @@ def save(figure: Figure, folder: Path, name: str, data: pd.DataFrame, stamp: str
 
 def _settle(figure: Figure) -> None:
     """Lay the figure out once and round the axes' places: the layout's solver repeats itself to some 1e-13 only, and the
-    SVG's ids are hashes of exact places."""
+    SVG's ids are hashes of exact places. At the picture's resolution: texts that were measured at another one are cut off
+    at the figure's edge."""
+    figure.set_dpi(DPI)
     figure.canvas.draw()
     figure.set_layout_engine("none")
     for axes in figure.axes:
