@@ -276,6 +276,40 @@ def test_raw_observations_are_checked_before_any_estimate(change, check, said, r
     assert said in failing(root, tmp_path)[check]
 
 
+def drop_seed(record, tables):
+    for name, table in tables.items():
+        tables[name] = table[table["seed"] == 0] if "seed" in table else table
+    record["cells"] = [cell for cell in record["cells"] if cell["seed"] == 0]
+    record["profile"]["seeds"] = [0]
+
+
+def test_a_seed_that_was_not_run_is_said_and_none_is_dropped_unseen(root, tmp_path):
+    """A run that was cut off counts for what it finished: exit code 2 by this alone. What was drawn with a seed that has
+    been taken away since differs from what is drawn without it."""
+    altered(root, drop_seed)
+    made = verify.examine(NAME, PROFILE, tmp_path)
+    status = {finding.check: finding.status for finding in made.findings}
+    assert (status["seeds"], status["complete"], status["provenance"]) == ("unknown", "holds", "holds")
+    assert next(f.why for f in made.findings if f.check == "seeds") == "the seeds 1 of the profile have not been run"
+    assert status["values"] == "fails"
+
+
+@pytest.mark.parametrize("seeds", [[], [0, 7], [1, 0], None])
+def test_other_seeds_than_the_profiles_are_held_against_it(seeds):
+    profile = profiles.load(PROFILE)
+    assert verify.present(profile, {"profile": {"seeds": seeds}}) == (profile, ())
+
+
+def test_two_models_that_say_one_thing_to_everything_are_no_twins(root, tmp_path):
+    def collapse(record, tables):
+        twin_conditions(record, tables)
+        table = tables["completions"]
+        table.loc[table["condition"].isin(["B.scratch", "C.scratch"]), "completion"] = "[ZLT]"
+
+    altered(root, collapse)
+    assert "distinct" not in failing(root, tmp_path)
+
+
 def test_a_truncated_table_is_named(root, tmp_path):
     path = results(root) / "fixed.parquet"
     path.write_bytes(path.read_bytes()[:100])

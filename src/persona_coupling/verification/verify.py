@@ -9,16 +9,17 @@ import shutil
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from persona_coupling import notebooks, paths, profiles, prose
 from persona_coupling.errors import GuardError, UserError
+from persona_coupling.profiles import Profile
 from persona_coupling.verification import observations, redrawing, seal, trace
-from persona_coupling.verification.findings import UNKNOWN, Finding, exit_code, verdict
+from persona_coupling.verification.findings import FAILS, UNKNOWN, Finding, exit_code, verdict
 
 COLUMNS = 100
 
@@ -41,15 +42,18 @@ def examine(name: str, profile: str, scratch: Path, *, fast: bool = False) -> Ex
     stored, files = observations.read(name, experiment.results(profile))
     made.findings.append(files)
     if files.status == "holds":
-        values = profiles.load(profile)
-        design = notebooks.design_of(experiment, {"profile": profile, "seeds": [], "model": ""})
+        values, absent = present(profiles.load(profile), stored.record)
+        if absent:
+            why = f"the seeds {', '.join(map(str, absent))} of the profile have not been run"
+            made.findings.append(Finding("seeds", name, "unknown", why))
+        design = notebooks.design_of(experiment, {"profile": profile, "seeds": list(values.seeds), "model": ""})
         for check in (
             lambda: observations.made_with(stored, values),
             lambda: observations.complete(stored, values, design),
             lambda: observations.distinct(stored, design.same),
         ):
             made.findings.append(guarded(check, name))
-    if files.status == "holds" and not (fast and exit_code(made.findings)):
+    if files.status == "holds" and not (fast and exit_code(made.findings) == FAILS):
         drawn = redrawing.redraw(name, profile, list(stored.record["profile"]["seeds"]), scratch)
         made.findings += redrawing.compare(name, profile, drawn)
         made.claims = list(redrawing.rows(name, profile, drawn))
@@ -57,6 +61,16 @@ def examine(name: str, profile: str, scratch: Path, *, fast: bool = False) -> Ex
         made.claims = list(redrawing.rows(name, profile, redrawing.Redrawn(scratch)))
     made.seconds = time.monotonic() - started
     return made
+
+
+def present(profile: Profile, record: Mapping[str, Any]) -> tuple[Profile, tuple[int, ...]]:
+    """The profile as far as a record goes, and the seeds that the record lacks: a run that was cut off counts for the
+    seeds that it finished, and says so. A record with seeds of its own is left to be held against the whole profile."""
+    seeds = record.get("profile", {}).get("seeds")
+    absent = tuple(seed for seed in profile.seeds if seed not in seeds) if isinstance(seeds, list) else ()
+    if not absent or not seeds or list(seeds) != [seed for seed in profile.seeds if seed in seeds]:
+        return profile, ()
+    return replace(profile, seeds=tuple(seeds)), absent
 
 
 def guarded(check: Callable[[], Finding], about: str) -> Finding:
