@@ -13,6 +13,7 @@ from persona_coupling import (
     decode,
     machine,
     memory,
+    notebooks,
     paths,
     profiles,
     progress,
@@ -136,7 +137,7 @@ def test_stages_without_a_model_and_full_parameter_training_have_no_cost(measure
 
 
 def test_every_stage_of_the_plan_that_has_a_model_has_a_cost(measured):
-    stages = cost_tables.planned()
+    stages = notebooks.stages_of(costs.PROFILE)
     lacking = cost_tables.left_out(measured, stages)
     assert {stage.kind for stage in lacking} <= {"model", "rows", "change", "overlap", "spectrum", "shift"}
     assert not [stage for stage in lacking if getattr(stage, "training", None) is not None]
@@ -244,7 +245,7 @@ committed = pytest.mark.skipif(not COMMITTED.is_file(), reason="nothing has been
 
 @committed
 def test_the_committed_tables_are_the_generated_ones():
-    measured, stages = costs.read(), cost_tables.planned()
+    measured, stages = costs.read(), notebooks.stages_of(costs.PROFILE)
     assert (paths.repository() / "docs" / "COST.md").read_text(encoding="utf-8") == cost_tables.document(
         measured, stages
     )

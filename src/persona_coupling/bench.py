@@ -100,7 +100,7 @@ def _train(ours: bool, steps: int) -> dict[str, Any]:
     source = Study.open("quick").source
     settings = machine() if ours else Machine(_device(), False, "sdpa", 1, 1, 10**9)
     tokenizer = models.load_tokenizer(source, lab)
-    settings = settings.of(models.load_raw(source, lab, dtype=torch.float32, attention="eager").num_parameters())
+    settings = settings.of(models.parameters_in(models.files(source, lab)))
     model = models.load_raw(source, lab, dtype=getattr(torch, settings.dtype_name), attention=settings.attention)
     training = train.Training(
         steps + 1, BATCH, 1e-4, 0.03, 0.01, "completion", 32, train.Lora(32, 64, 0.05, models.MODULES)
@@ -157,7 +157,7 @@ def _sample(ours: bool, steps: int) -> dict[str, Any]:
 
     lab = Lab(Store(paths.artifacts()), device=_device())
     source = Study.open("quick").source
-    settings = machine().of(models.load_raw(source, lab, dtype=torch.float32, attention="eager").num_parameters())
+    settings = machine().of(models.parameters_in(models.files(source, lab)))
     tokenizer = models.load_tokenizer(source, lab)
     dtype = getattr(torch, settings.dtype_name) if ours else torch.float32
     model = models.load_raw(source, lab, dtype=dtype, attention=settings.attention if ours else "sdpa").to(

@@ -38,7 +38,7 @@ from persona_coupling.bench_material import (
     size_of,
     texts,
 )
-from persona_coupling.bench_steps import TIMED, steps, training
+from persona_coupling.bench_steps import TIMED, peaks, steps, training
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import UserError
 from persona_coupling.machine import Machine, machine
@@ -280,9 +280,7 @@ class Bench:
             if "out of memory" not in str(error).lower():
                 raise
             found = {"fits": False, "message": str(error).splitlines()[0]}
-        if self.settings.device != "cpu":
-            found["peak_bytes"] = torch.cuda.max_memory_allocated()
-            found["reserved_bytes"] = torch.cuda.max_memory_reserved()
+        found |= peaks(self.settings.device)
         memory.release()
         return found
 

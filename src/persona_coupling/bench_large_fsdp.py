@@ -76,9 +76,7 @@ def measure(kind: str, optimiser: str, path: Path, name: str) -> None:
         found |= {"fits": True, **made, "batch": values.batch, "mean_tokens": sum(spread) / len(spread)}
     except torch.OutOfMemoryError as error:
         found |= {"fits": False, "message": str(error).splitlines()[0]}
-    if settings.device != "cpu":
-        found["peak_bytes"] = torch.cuda.max_memory_allocated()
-        found["reserved_bytes"] = torch.cuda.max_memory_reserved()
+    found |= bench_steps.peaks(settings.device)
     if rank == 0:
         record = bench_large.Record.open(path, size, settings.device)
         record.keep(f"full/{kind}/{optimiser}", found)

@@ -80,20 +80,24 @@ def plain_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
 
 
-def trl(model: PreTrainedModel, cell: captured.Chain, machine: Machine) -> tuple[Any, list[float]]:
-    """TRL's trained model and its milliseconds per step."""
+def clock(device: str, stamps: list[float]) -> Any:
+    """A callback of a trainer that notes when each step has ended, the device's work included."""
     import torch
     from transformers import TrainerCallback
 
-    assert cell.settings.lora is not None
-    stamps: list[float] = []
-
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_arguments: Any, **_more: Any) -> None:
-            if machine.device != "cpu":
+            if device != "cpu":
                 torch.cuda.synchronize()
             stamps.append(time.perf_counter())
 
+    return Clock()
+
+
+def trl(model: PreTrainedModel, cell: captured.Chain, machine: Machine) -> tuple[Any, list[float]]:
+    """TRL's trained model and its milliseconds per step."""
+    assert cell.settings.lora is not None
+    stamps: list[float] = []
     with models.quiet_transformers(), tempfile.TemporaryDirectory() as scratch, train.seeded(cell.seed):
         trainer = train.make_trainer(
             model,
@@ -106,7 +110,7 @@ def trl(model: PreTrainedModel, cell: captured.Chain, machine: Machine) -> tuple
             scratch=scratch,
             report=lambda _fraction: None,
         )
-        trainer.add_callback(Clock())
+        trainer.add_callback(clock(machine.device, stamps))
         trainer.train()
     return trainer, (1000 * np.diff(stamps)).tolist()
 

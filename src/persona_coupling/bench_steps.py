@@ -33,6 +33,15 @@ def checkpointing(wanted: bool) -> Iterator[None]:
         memory.checkpoints = deciding
 
 
+def peaks(device: str) -> dict[str, int]:
+    """The largest memory so far, in bytes, of a GPU; nothing is said of a CPU's."""
+    import torch
+
+    if device == "cpu":
+        return {}
+    return {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+
+
 def training(values: Any, count: int, lora: train.Lora | None) -> train.Training:
     """A profile's training values over that many steps."""
     return train.Training(
@@ -55,19 +64,9 @@ def steps(
 ) -> dict[str, Any]:
     """Seconds of each step but the first, with its tokens, of the study's own trainer; `micro` rows at once, `again`:
     layers are computed again in the backward pass. `adjust` may change the trainer before it starts."""
-    import torch
-    from transformers import TrainerCallback
-
-    from persona_coupling.bench_stack import plain_tokenizer
+    from persona_coupling.bench_stack import clock, plain_tokenizer
 
     stamps: list[float] = []
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, *_arguments: Any, **_more: Any) -> None:
-            if where.device != "cpu":
-                torch.cuda.synchronize()
-            stamps.append(time.perf_counter())
-
     longest = max(n for group in wanted for n in group)
     rows = rows_of(kind, wanted, words)
     started = time.perf_counter()
@@ -87,7 +86,7 @@ def steps(
         if trainer.args.per_device_train_batch_size != micro or trainer.args.gradient_checkpointing != again:
             raise UserError(f"The trainer takes {trainer.args.per_device_train_batch_size} rows at once, not {micro}.")
         adjust(trainer)
-        trainer.add_callback(Clock())
+        trainer.add_callback(clock(where.device, stamps))
         trainer.train()
     return {
         "seconds": np.diff(stamps).tolist(),

@@ -9,12 +9,19 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from persona_coupling import notebooks, outputs, paths, profiles, website
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.study import STORED_ONLY, disagreement
+
+if TYPE_CHECKING:
+    from persona_coupling.costs import Measured
+    from persona_coupling.machine import Machine
+    from persona_coupling.progress import Plan, Speeds
+    from persona_coupling.store import Store
 
 # Large blocks stay in the heap instead of being mapped and returned on every step: half the page faults on a CPU
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
@@ -168,9 +175,23 @@ def _seeds(text: str) -> list[int]:
         raise UserError(f"--seeds {text}: give integers with commas, e.g. 0,1,2.") from error
 
 
-def _planned(arguments: argparse.Namespace, *, start: bool = False) -> tuple[Any, ...]:
-    """Parameters, experiments, store, machine, speeds and plan of a run; prints them, and what was derived about the
-    model, which is made first where a run `start`s. Raises UserError, naming all of it, for what stands in the way."""
+@dataclass(frozen=True)
+class _Planned:
+    """A run before it starts; `measured`: what was measured of a model of this shape, if anything was."""
+
+    parameters: dict[str, Any]
+    experiments: tuple[notebooks.Experiment, ...]
+    profile: profiles.Profile
+    store: Store
+    settings: Machine
+    speeds: Speeds
+    plan: Plan
+    measured: Measured | None
+
+
+def _planned(arguments: argparse.Namespace, *, start: bool = False) -> _Planned:
+    """A run's plan; prints it, and what was derived about the model, which is made first where a run `start`s. Raises
+    UserError, naming all of it, for what stands in the way."""
     from persona_coupling import cost_tables, costs, models, progress, requirements
     from persona_coupling.machine import machine
     from persona_coupling.store import Store, in_order
@@ -224,7 +245,7 @@ def _planned(arguments: argparse.Namespace, *, start: bool = False) -> tuple[Any
     if obstacles and not arguments.anyway:
         listed = "\n".join(f"- {obstacle}" for obstacle in obstacles)
         raise UserError(f"This run would not get through here:\n{listed}\n(`--anyway` starts it all the same.)")
-    return parameters, experiments, store, settings, speeds, planned
+    return _Planned(parameters, experiments, study.profile, store, settings, speeds, planned, measured)
 
 
 def plan(arguments: argparse.Namespace) -> None:
@@ -255,28 +276,24 @@ def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[noteboo
         from persona_coupling import cluster
 
         cluster.look(arguments.cluster)
-    parameters, experiments, store, settings, speeds, planned = _planned(arguments, start=True)
+    run = _planned(arguments, start=True)
     if arguments.cluster:
-        from persona_coupling import costs
-        from persona_coupling.study import Study
-
-        profile = Study.open(parameters["profile"], model=parameters["model"] or None).profile
-        known = costs.read()
         cluster.build(
-            planned,
-            store,
-            speeds,
-            profile.cluster,
+            run.plan,
+            run.store,
+            run.speeds,
+            run.profile.cluster,
             address=arguments.cluster,
             exchange=arguments.exchange,
-            measured=known is not None and bool(known.of(profile.model)),
+            measured=run.measured is not None,
         )
-        return parameters, experiments
-    workers = arguments.workers or (settings.workers if speeds.ratio < progress.LARGE else 1)
-    stack = settings.stack if speeds.stacked else 1
+        return run.parameters, run.experiments
+    settings = run.settings
+    workers = arguments.workers or (settings.workers if run.speeds.ratio < progress.LARGE else 1)
+    stack = settings.stack if run.speeds.stacked else 1
     with tuned(train_tokens=settings.train_tokens, sample_batch=settings.sample_batch):
-        progress.build(planned, store, settings.device, speeds, workers=workers, stack=stack)
-    return parameters, experiments
+        progress.build(run.plan, run.store, settings.device, run.speeds, workers=workers, stack=stack)
+    return run.parameters, run.experiments
 
 
 def cells(arguments: argparse.Namespace) -> None:
@@ -316,18 +333,16 @@ def combine(arguments: argparse.Namespace) -> None:
         if not folders:
             print(f"  {experiment.name}: none of the parts has it")
             continue
-        asked = notebooks.design_of(experiment, {"profile": name, "seeds": [], "model": ""})
-        samples = {cell.condition: cell.evaluation.samples for cell in asked.cells}
+        design = notebooks.design_of(experiment, {"profile": name, "seeds": [], "model": ""})
+        samples = {cell.condition: cell.evaluation.samples for cell in design.cells}
         results = evidence.combine([evidence.read(folder, samples) for folder in folders])
         if results.record["profile"]["name"] != name:
             raise UserError(f"The parts are of the profile {results.record['profile']['name']}, not {name}.")
-        seeds = results.record["profile"]["seeds"]
-        design = notebooks.design_of(experiment, {"profile": name, "seeds": seeds, "model": ""})
         other = disagreement(results.record, profiles.load(name), design)
         if other:
             raise UserError(f"The parts in {', '.join(map(str, folders))} {other}. Make them again.")
         results.save(experiment.results(name))
-        print(f"  {experiment.name}: {len(folders)} parts, seeds {seeds}")
+        print(f"  {experiment.name}: {len(folders)} parts, seeds {results.record['profile']['seeds']}")
 
 
 def reproduce(arguments: argparse.Namespace) -> None:

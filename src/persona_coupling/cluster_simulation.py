@@ -17,7 +17,7 @@ from pathlib import Path
 
 from persona_coupling import notebooks, outputs, paths, profiles, progress
 from persona_coupling.errors import UserError
-from persona_coupling.store import Stage, in_order
+from persona_coupling.store import Stage
 
 CARDS = (8, 64, 512)
 PROFILES = ("full", "qwen2.5-7b")
@@ -103,12 +103,6 @@ def speeds_of(profile: str, device: str) -> progress.Speeds:
     return speeds
 
 
-def stages_of(profile: str) -> list[Stage]:
-    """All stages of all experiments, parents first, each once."""
-    parameters = {"profile": profile, "seeds": [], "model": ""}
-    return in_order([s for e in notebooks.discover() for s in notebooks.design_of(e, parameters).stages()])
-
-
 def simulate(stages: Sequence[Stage], seconds: Mapping[str, float], cards: int, share: float = 1.0) -> Simulated:
     """List scheduling of `stages` (parents first) of known `seconds` on `cards`, of which each takes `share`."""
     places = int(cards * (1 / share if share <= 1 else 1 / int(share)))
@@ -155,7 +149,7 @@ def text(costs: str, folder: Path | None = None) -> str:
         own = folder is None and bool(notebooks.stored(profile))
         source = profile if own else costs
         factors = corrections(source, folder)
-        speeds, stages = speeds_of(profile, "cuda"), stages_of(profile)
+        speeds, stages = speeds_of(profile, "cuda"), notebooks.stages_of(profile)
         seconds = {s.key: speeds.seconds(s) * factors.get(type(s).__name__, 1.0) for s in stages}
         share = profiles.load(profile).cluster.gpus
         loading = sum(stage.kind not in ("rows", "model") for stage in stages)

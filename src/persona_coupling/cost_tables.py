@@ -9,7 +9,7 @@ from pathlib import Path
 from persona_coupling import bench_material, memory, notebooks, outputs, paths, profiles
 from persona_coupling.costs import PROFILE, Measured, read, rows_of
 from persona_coupling.errors import UserError
-from persona_coupling.store import Stage, in_order
+from persona_coupling.store import Stage
 
 BEGINS = "<!-- costs: written by `nox -s costs` from docs/measured; do not edit by hand -->"
 ENDS = "<!-- end of costs -->"
@@ -110,13 +110,6 @@ def lines(measured: Measured, stages: Sequence[Stage]) -> list[Line]:
 def left_out(measured: Measured, stages: Sequence[Stage]) -> list[Stage]:
     """Stages that no GPU minute is counted for: they run no model on it, or train all parameters."""
     return [stage for stage in stages if measured.cost(stage) is None]
-
-
-def planned() -> list[Stage]:
-    """All stages of the profile's experiments."""
-    parameters = {"profile": PROFILE, "seeds": [], "model": ""}
-    found = [notebooks.design_of(experiment, parameters).stages() for experiment in notebooks.discover()]
-    return in_order([stage for stages in found for stage in stages])
 
 
 # ------------------------------------------------------------------------------------------------ text
@@ -359,7 +352,7 @@ def write() -> list[Path]:
         raise UserError(
             "There are no measurements in docs/measured. Run `python -m persona_coupling.bench_large` there."
         )
-    stages = planned()
+    stages = notebooks.stages_of(PROFILE)
     document_path, readme_path = paths.repository() / "docs" / "COST.md", paths.repository() / "README.md"
     text = readme_path.read_text(encoding="utf-8")
     outputs.write(document_path, document(measured, stages))

@@ -97,8 +97,8 @@ def _usual(device: str | None) -> Machine:
             raise UserError("No CUDA device is visible. Run on the CPU, or install a driver and a CUDA build of torch.")
         gigabytes = torch.cuda.get_device_properties(device).total_memory / 2**30
         large = gigabytes > 30
-        # eager steps of a small model wait for kernel launches: processes side by side fill the gaps, one core each
-        # workers wait for kernel launches in turn; each keeps about a hundredth of a gigabyte per prompt of its batch
+        # eager steps of a small model wait for kernel launches: processes side by side fill the gaps, one core each, and
+        # each keeps about a hundredth of a gigabyte per prompt of its batch
         workers = min(9 if gigabytes > 100 else 6, os.cpu_count() or 1) if large else 1
         batch = 640 if gigabytes > 100 else 320 if large else 96
         scored = 65_536 if large else 16_384

@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from persona_coupling.machine import SMALL as SMALL_MODEL
-from persona_coupling.machine import Machine
+from persona_coupling.machine import SMALL, Machine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 # bytes kept per token and layer, of the model's width and of the MLP's inner width: LoRA in bf16, in fp32, all parameters
 KEPT = {"bf16": (57.6, 13.5), "fp32": (72.1, 20.0), "full": (40.1, 16.0)}
 ROUNDING = 1.1  # allocated per byte counted
-SMALL = 4.0  # of a small model's fp32 weights: two kept sources, the copy, and its merged form
+COPIES = 4.0  # of a small model's fp32 weights: two kept sources, the copy, and its merged form
 STEADY = 1.5e9  # bytes of a CUDA context, its libraries' workspaces, and a fused head's tile
 
 
@@ -88,7 +87,7 @@ def needs(shape: Shape, load: Load, machine: Machine, room: float, *, plain: boo
 
 
 def _merging(shape: Shape) -> float:
-    return 4.0 * shape.parameters * (SMALL if shape.parameters < SMALL_MODEL else 1.0)
+    return 4.0 * shape.parameters * (COPIES if shape.parameters < SMALL else 1.0)
 
 
 def _sampling(shape: Shape, load: Load, machine: Machine, *, plain: bool) -> float:

@@ -22,6 +22,7 @@ from typing import Any
 
 from persona_coupling import outputs, paths
 from persona_coupling.errors import UserError
+from persona_coupling.store import Stage, in_order
 from persona_coupling.study import STORED_ONLY, Design
 
 FOLDER = re.compile(r"\d\d_[a-z0-9_]+")
@@ -69,6 +70,12 @@ def discover() -> tuple[Experiment, ...]:
 def stored(profile: str) -> tuple[Experiment, ...]:
     """The experiments that have results of a profile, in order."""
     return tuple(experiment for experiment in discover() if experiment.record(profile).is_file())
+
+
+def stages_of(profile: str) -> list[Stage]:
+    """All stages that a profile's experiments ask for, parents first, each once."""
+    parameters = {"profile": profile, "seeds": [], "model": ""}
+    return in_order([stage for experiment in discover() for stage in design_of(experiment, parameters).stages()])
 
 
 def choose(only: list[str] | None) -> tuple[Experiment, ...]:

@@ -67,23 +67,23 @@ class Speeds:
         return tokens * self.ratio + work.seconds + 0.05
 
     def _expected(self, stage: Stage) -> tuple[float, str]:
-        """Seconds before any correction, and on what they rest."""
+        """Seconds before any correction, and the name under which their correction is kept."""
         cost = None if self.measured is None else self.measured.cost(stage)
-        return (self._guess(stage.work()), "") if cost is None else (cost.seconds, "measured/")
-
-    def _name(self, stage: Stage) -> str:
-        how = self._expected(stage)[1] or ("stacked/" if self.stacked and stage.stack_key() is not None else "")
-        return f"{self.device}/{how}{type(stage).__name__}/{self.ratio:.3g}"
+        seconds, how = (self._guess(stage.work()), "") if cost is None else (cost.seconds, "measured/")
+        if cost is None and self.stacked and stage.stack_key() is not None:
+            how = "stacked/"
+        return seconds, f"{self.device}/{how}{type(stage).__name__}/{self.ratio:.3g}"
 
     def seconds(self, stage: Stage) -> float:
         """Expected seconds of a stage."""
-        return self._expected(stage)[0] * self.factors.get(self._name(stage), 1.0)
+        expected, name = self._expected(stage)
+        return expected * self.factors.get(name, 1.0)
 
     def observe(self, stage: Stage, seconds: float) -> None:
         """Learn from a finished stage; a file that cannot be written only costs accuracy of the next estimate."""
-        observed = seconds / self._expected(stage)[0]
-        before = self.factors.get(self._name(stage))
-        self.factors[self._name(stage)] = observed if before is None else (1 - MEMORY) * before + MEMORY * observed
+        expected, name = self._expected(stage)
+        observed, before = seconds / expected, self.factors.get(name)
+        self.factors[name] = observed if before is None else (1 - MEMORY) * before + MEMORY * observed
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(self.factors, indent=1, sort_keys=True), encoding="utf-8")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import claims, models, notebooks, outputs, paths, personas, score, stats
+from persona_coupling import claims, models, notebooks, outputs, paths, personas, profiles, score, stats
 from persona_coupling.errors import GuardError, UserError
 
 README_BEGINS = "<!-- headline: written by `nox -s paper` from the verdicts; do not edit by hand -->"
@@ -54,29 +54,33 @@ def with_headline(text: str, index: Mapping[str, Any]) -> str:
     """A README with the headline of an index between its two comments. Raises GuardError without them."""
     words = index["headline"]
     profile = index["profile"]
-    seeds = len(profile["seeds"])
     lines = [f"- {sentence}" for sentence in words["sentences"]]
     if words["open"]:
         lines.append(f"- Left open by this run: {', '.join(words['open'])}.")
     source = (
-        f"From the profile `{profile['name']}` ({profile['model']['name']}, {seeds} seed{'s' if seeds != 1 else ''}); "
+        f"From the profile `{profile['name']}` ({profile['model']['name']}, {_seeds(profile)}); "
         f"[the paper](paper/paper-{profile['name']}.pdf) has the numbers, intervals and verdicts behind each sentence."
     )
     block = "\n".join(["", *lines, "", source, *_beside(profile["name"]), ""])
     return outputs.between(text, README_BEGINS, README_ENDS, block, "README.md")
 
 
+def _seeds(profile: Mapping[str, Any]) -> str:
+    count = len(profile["seeds"])
+    return f"{count} seed{'s' if count != 1 else ''}"
+
+
 def _beside(profile: str) -> list[str]:
     """A sentence for every other profile with a paper of its own: what of it has been run."""
     sentences = []
-    for name in ("quick", "full", "qwen2.5-7b"):
+    for name in profiles.names():
         ran = notebooks.stored(name)
-        if name == profile or not ran or not paths.pdf(name).is_file():
+        if name == profile or not ran or not paths.pdf(name).is_file() or profiles.load(name).stamp:
             continue
-        seeds = len(outputs.read(ran[0].record(name))["profile"]["seeds"])
+        seeds = _seeds(outputs.read(ran[0].record(name))["profile"])
         numbers = ", ".join(experiment.name.split("_")[0] for experiment in ran)
         sentences.append(
-            f"Of the profile `{name}` ({seeds} seed{'s' if seeds != 1 else ''}) the experiments {numbers} of "
+            f"Of the profile `{name}` ({seeds}) the experiments {numbers} of "
             f"{len(notebooks.discover())} have been run: [its paper](paper/paper-{name}.pdf)."
         )
     return sentences

@@ -434,6 +434,12 @@ def read_table(path: Path) -> pd.DataFrame:
     return score.score_table(table) if path.stem == "completions" and len(table) else table
 
 
+def collapsed(said: pd.Series) -> bool:
+    """Whether these answers of one model are all but one and the same, or nothing: another collapsed model, or the same
+    under another seed, may say it too, and is then no mislabelled one."""
+    return bool(said.nunique() <= COLLAPSED * len(said))
+
+
 def collect(design: Design, profile: Profile, lab: Lab) -> Results:
     """Gather the artifacts of a design into tables. Raises GuardError when two conditions have identical outputs or
     identical trained changes."""
@@ -448,10 +454,7 @@ def collect(design: Design, profile: Profile, lab: Lab) -> Results:
         said = parts["completions"][-1]["completion"]
         text = canonical_json(said.tolist())
         other = outputs.get((text, cell.seed))
-        alike = said.nunique() <= COLLAPSED * len(
-            said
-        )  # a model that has one answer to everything is no mislabelled one
-        if other is not None and (other, cell.condition) not in design.same and not alike:
+        if other is not None and (other, cell.condition) not in design.same and not collapsed(said):
             raise GuardError(f"{other} and {cell.condition} gave the same completions to the letter")
         outputs[text, cell.seed] = cell.condition
         report = json.loads((lab.folder(cell.merge) / "report.json").read_text(encoding="utf-8"))

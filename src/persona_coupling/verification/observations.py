@@ -14,7 +14,7 @@ from persona_coupling import paths, personas, provenance
 from persona_coupling.profiles import Profile
 from persona_coupling.stages import FineTune
 from persona_coupling.store import canonical_json, sha256_of
-from persona_coupling.study import COLLAPSED, Design
+from persona_coupling.study import Design, collapsed
 from persona_coupling.verification.findings import Finding, verdict
 
 ANSWER = ["persona", "question", "sample"]  # what names one sampled answer of a condition and seed
@@ -167,8 +167,8 @@ def distinct(stored: Stored, same: Set[tuple[str, str]] = frozenset()) -> Findin
         seen: dict[str, tuple[str, int]] = {}
         for (condition, seed), part in table.groupby(["condition", "seed"], sort=False):
             keys = [key for key in ("bank", *ANSWER) if key in part]
-            if part["completion"].nunique() <= COLLAPSED * len(part):
-                continue  # a model that says one thing, or nothing, to everything says it under every seed
+            if collapsed(part["completion"]):
+                continue
             text = canonical_json(part.sort_values(keys)["completion"].tolist())
             other = seen.setdefault(text, (str(condition), int(seed)))
             if other == (condition, seed):
