@@ -46,6 +46,7 @@ STORED_ONLY = "PERSONA_COUPLING_STORED_ONLY"  # set: results are read, nothing i
 JUDGED = ("gates", "description", "stamp")  # profile values that no observation depends on
 COLLAPSED = 0.1  # distinct answers per answer; up to that a model says one thing to everything
 TABLES = ("completions", "fixed", "heldout", "content", "training", "merges")
+LEVEL, PAGE = 19, 1 << 26  # of zstd, and bytes: sampled text takes a tenth less room than with the usual ones
 
 
 @dataclass(frozen=True)
@@ -423,7 +424,7 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     raw = table.drop(columns=list(score.COLUMNS)) if path.stem == "completions" and len(table) else table
     doubles = raw.select_dtypes("float64").columns
     raw.astype(dict.fromkeys(doubles, "float32")).to_parquet(
-        path, compression="zstd", compression_level=12, index=False
+        path, compression="zstd", compression_level=LEVEL, data_page_size=PAGE, index=False
     )
 
 
