@@ -76,7 +76,9 @@ def corrections(profile: str, folder: Path | None = None) -> dict[str, float]:
         record = outputs.read(path)
         seeds = record["profile"]["seeds"]
         design = notebooks.design_of(experiment, {"profile": profile, "seeds": seeds, "model": ""})
-        stages, kept = design.stages(), list(record["stages"].items())
+        stages, taken = design.stages(), record["stages"]
+        # parts that were combined stand in the order of their seeds; keys, where they still are the same, tell
+        kept = [(s.key, taken[s.key]) for s in stages] if {s.key for s in stages} == set(taken) else list(taken.items())
         # keys change with the code; the order of a design does not, and the evaluations show that it is the same one
         evaluations = {cell.evaluation.key for cell in design.cells}
         named = {cell["evaluation"] for cell in record["cells"]}

@@ -115,7 +115,7 @@ def left_out(measured: Measured, stages: Sequence[Stage]) -> list[Stage]:
 # ------------------------------------------------------------------------------------------------ text
 
 
-def gigabytes(value: float | None) -> str:
+def gigabytes(value: float | int | None) -> str:
     """Bytes as GB; a dash for what is not known."""
     return NOTHING if value is None else f"{value / GB:.1f}"
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 KEPT = {"bf16": (57.6, 13.5), "fp32": (72.1, 20.0), "full": (40.1, 16.0)}
 ROUNDING = 1.1  # allocated per byte counted
 COPIES = 4.0  # of a small model's fp32 weights: two kept sources, the copy, and its merged form
+CHECKED = 6.0  # bytes per parameter of a large model whose merge is checked, as measured: three copies in bf16
 STEADY = 1.5e9  # bytes of a CUDA context, its libraries' workspaces, and a fused head's tile
 
 
@@ -87,7 +88,7 @@ def needs(shape: Shape, load: Load, machine: Machine, room: float, *, plain: boo
 
 
 def _merging(shape: Shape) -> float:
-    return 4.0 * shape.parameters * (COPIES if shape.parameters < SMALL else 1.0)
+    return shape.parameters * (4.0 * COPIES if shape.parameters < SMALL else CHECKED)
 
 
 def _sampling(shape: Shape, load: Load, machine: Machine, *, plain: bool) -> float:
