@@ -82,7 +82,8 @@ def of(shape, machine, room, **changes):
 
 def test_seven_billion_on_a_large_card():
     """By hand: three bf16 copies while a merge is checked, 7.6 x 6 x 1.1 = 50.3 GB; sampling 15.2 x 2 + 9.5 of weights,
-    512 x 632 x 57,344 bytes = 18.6 GB of keys and values; a training step without checkpointing keeps 8192 x 12.9 MB = 106 GB, so it is checkpointed."""
+    512 x 632 x 57,344 bytes = 18.6 GB of keys and values; a training step without checkpointing keeps 8192 x 12.9 MB =
+    106 GB, so it is checkpointed."""
     found = of(QWEN, H100, 80 * GB)
     assert found["merging"].bytes == pytest.approx(50.3 * GB + memory.STEADY, rel=0.01)
     assert 55 * GB < found["sampling"].bytes < 75 * GB
