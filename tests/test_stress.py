@@ -196,3 +196,10 @@ def test_two_runs_at_once_share_the_work(tmp_path):
     assert made == len(list((root / "artifacts").glob("change/*"))) + len(
         list((root / "artifacts").glob("evaluation/*"))
     )
+
+
+def test_what_a_killed_writer_had_not_renamed_is_no_artifact(tmp_path):
+    for name in ("0123", ".4567.99"):
+        (tmp_path / "artifacts" / "change" / name).mkdir(parents=True)
+        (tmp_path / "artifacts" / "change" / name / stress.MANIFEST).write_text("{}")
+    assert list(stress.manifests(tmp_path)) == ["artifacts/change/0123"]

@@ -140,10 +140,9 @@ def _doing(root: Path, pid: int, began: float) -> str:
 
 
 def manifests(root: Path) -> dict[str, str]:
-    """Every finished artifact and the hash of its manifest."""
-    return {
-        str(path.parent.relative_to(root)): sha256_of(path) for path in (root / "artifacts").glob(f"*/*/{MANIFEST}")
-    }
+    """Every finished artifact and the hash of its manifest; not what a killed writer had not yet renamed to its key."""
+    found = (root / "artifacts").glob(f"*/*/{MANIFEST}")
+    return {str(p.parent.relative_to(root)): sha256_of(p) for p in found if not p.parent.name.startswith(".")}
 
 
 def _made_again(before: dict[str, str], root: Path) -> Iterator[str]:
