@@ -94,7 +94,7 @@ def check_index(profile: str) -> Finding:
         difference = redrawing.differs(folder / "index.json", copy / "index.json")
     faults = [f"index.json {difference}"] if difference else []
     readme = paths.repository() / "README.md"
-    if readme.is_file() and f"paper/paper-{profile}.pdf" in (text := readme.read_text(encoding="utf-8")):
+    if readme.is_file() and f"From the profile `{profile}` (" in (text := readme.read_text(encoding="utf-8")):
         faults += [] if prose.with_headline(text, index) == text else ["README.md states another headline"]
     return verdict("index", "index.json, README", faults)
 
