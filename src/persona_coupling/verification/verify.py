@@ -94,7 +94,10 @@ def check_index(profile: str) -> Finding:
         difference = redrawing.differs(folder / "index.json", copy / "index.json")
     faults = [f"index.json {difference}"] if difference else []
     readme = paths.repository() / "README.md"
-    if readme.is_file() and f"From the profile `{profile}` (" in (text := readme.read_text(encoding="utf-8")):
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    if (
+        f"paper/paper-{profile}.pdf" in text and f"Of the profile `{profile}` (" not in text
+    ):  # not only named beside another
         faults += [] if prose.with_headline(text, index) == text else ["README.md states another headline"]
     return verdict("index", "index.json, README", faults)
 
