@@ -70,6 +70,15 @@ def _seeds(profile: Mapping[str, Any]) -> str:
     return f"{count} seed{'s' if count != 1 else ''}"
 
 
+def quotes(text: str, profile: str) -> bool:
+    """Whether a README speaks of that profile's paper, and does not only name it beside another's headline."""
+    return f"paper/paper-{profile}.pdf" in text and _named(profile) not in text
+
+
+def _named(profile: str) -> str:
+    return f"Of the profile `{profile}` ("
+
+
 def _beside(profile: str) -> list[str]:
     """A sentence for every other profile with a paper of its own: what of it has been run."""
     sentences = []
@@ -80,7 +89,7 @@ def _beside(profile: str) -> list[str]:
         seeds = _seeds(outputs.read(ran[0].record(name))["profile"])
         numbers = ", ".join(experiment.name.split("_")[0] for experiment in ran)
         sentences.append(
-            f"Of the profile `{name}` ({seeds}) the experiments {numbers} of "
+            f"{_named(name)}{seeds}) the experiments {numbers} of "
             f"{len(notebooks.discover())} have been run: [its paper](paper/paper-{name}.pdf)."
         )
     return sentences

@@ -95,9 +95,7 @@ def check_index(profile: str) -> Finding:
     faults = [f"index.json {difference}"] if difference else []
     readme = paths.repository() / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    if (
-        f"paper/paper-{profile}.pdf" in text and f"Of the profile `{profile}` (" not in text
-    ):  # not only named beside another
+    if prose.quotes(text, profile):
         faults += [] if prose.with_headline(text, index) == text else ["README.md states another headline"]
     return verdict("index", "index.json, README", faults)
 
