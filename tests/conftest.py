@@ -1,14 +1,30 @@
 """Shared fixtures: a random tiny model of two families in a temporary store, and a planted adapter that PEFT wrote."""
 
 import copy
+import importlib.abc
+import importlib.machinery
+import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 
-from persona_coupling import models
-from persona_coupling.machine import Machine
-from persona_coupling.store import Lab, Stage, Store
+KERNELS = ("persona_coupling.decode_kernels", "persona_coupling.train_kernels")
+
+
+class Unwrapped(importlib.abc.MetaPathFinder):
+    """Finds modules before the import hook of --jaxtyping-packages does: Triton compiles a kernel from its source and its
+    module's globals, and the hook's type-checking wrapper has globals of its own."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        return importlib.machinery.PathFinder.find_spec(fullname, path, target) if fullname in KERNELS else None
+
+
+sys.meta_path.insert(0, Unwrapped())
+
+from persona_coupling import models  # noqa: E402
+from persona_coupling.machine import Machine  # noqa: E402
+from persona_coupling.store import Lab, Stage, Store  # noqa: E402
 
 CPU = Machine("cpu", False, "eager", 128, 32, 4_096)
 LAYERS, WIDTH = 3, 32
