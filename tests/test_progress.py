@@ -250,23 +250,25 @@ class Crowded(Stage):
 
     tries: str
     times: int
+    error: type[RuntimeError] = torch.OutOfMemoryError
     kind: ClassVar[str] = "crowded"
 
     def build(self, folder, lab):
         with open(self.tries, "a", encoding="utf-8") as handle:
             handle.write("x")
         if len(Path(self.tries).read_text(encoding="utf-8")) <= self.times:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error("CUDA error: out of memory")
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])  # torch's, and CUDA's own
 @pytest.mark.parametrize(("times", "made"), [(0, True), (2, True), (progress.PATIENCE, False)])
-def test_a_full_card_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, times, made):
+def test_a_full_card_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, times, made, error):
     monkeypatch.setattr(progress, "WAIT", 0.0)
-    lab, stage = Lab(Store(tmp_path / "store")), Crowded(str(tmp_path / "tries"), times)
+    lab, stage = Lab(Store(tmp_path / "store")), Crowded(str(tmp_path / "tries"), times, error)
     if made:
         progress._patiently(lab, stage)
     else:
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(error):
             progress._patiently(lab, stage)
     assert lab.store.has(stage) == made
     assert len((tmp_path / "tries").read_text()) == min(times + 1, progress.PATIENCE)

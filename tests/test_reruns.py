@@ -72,10 +72,10 @@ def test_the_ledger_is_kept_and_names_machines_of_both_runs(tmp_path, monkeypatc
 def test_the_interval_of_a_mean_is_the_textbooks():
     question = pd.Series(["a", "a", "b", "b", "c", "c"])
     values = pd.Series([1.0, 3.0, 4.0, 4.0, 6.0, 6.0])  # question means 2, 4, 6: s = 2, m = 3
-    value, low, high = spotcheck.predicted(values, question, rate=False, level=0.95)
+    value, low, high = prediction.predicted(values, question, rate=False, level=0.95)
     half = 4.302653 * 2 * (2 / 3) ** 0.5  # t of two degrees of freedom, from a table
     assert (value, low, high) == pytest.approx((4.0, 4.0 - half, 4.0 + half))
-    wider = spotcheck.predicted(values, question, rate=False, level=0.95, floor=1.0)
+    wider = prediction.predicted(values, question, rate=False, level=0.95, floor=1.0)
     assert wider[2] - 4.0 == pytest.approx(4.302653 * (2 * (4 / 3 + 1)) ** 0.5)
 
 
@@ -87,14 +87,14 @@ def test_a_fresh_draw_of_the_same_cell_falls_inside_as_often_as_promised(rate):
     for _ in range(trials):
         each = np.clip(rng.normal(rate, 0.1 if 0 < rate < 1 else 0.0, m), 0, 1).repeat(samples)
         old, new = (pd.Series((rng.random(m * samples) < each).astype(float)) for _ in range(2))
-        _, low, high = spotcheck.predicted(old, question, rate=True, level=0.95)
+        _, low, high = prediction.predicted(old, question, rate=True, level=0.95)
         inside += low <= new.mean() <= high
     assert inside / trials >= 0.95 - 2 * (0.95 * 0.05 / trials) ** 0.5
 
 
 def test_a_changed_cell_falls_outside():
     question = pd.Series(np.repeat(np.arange(12), 3))
-    _, low, high = spotcheck.predicted(pd.Series(np.zeros(36)), question, rate=True, level=0.95)
+    _, low, high = prediction.predicted(pd.Series(np.zeros(36)), question, rate=True, level=0.95)
     assert low == 0.0
     assert high < 0.4
     law = scipy_stats.betabinom(12, 0.5, 12.5)  # twelve questions of which none said it
@@ -103,8 +103,8 @@ def test_a_changed_cell_falls_outside():
 
 def test_nothing_scored_has_no_interval():
     nothing = pd.Series([], dtype=float)
-    assert spotcheck.predicted(nothing, nothing, rate=True, level=0.95) == (None, None, None)
-    made = spotcheck.Comparison("A", "villain rate", None, None, None, 0.5)
+    assert prediction.predicted(nothing, nothing, rate=True, level=0.95) == (None, None, None)
+    made = prediction.Comparison("A", "villain rate", None, None, None, 0.5)
     assert made.inside is None
     assert spotcheck.verdict([made]) == 2
 

@@ -19,29 +19,41 @@ ORDER = ("supported", "refuted", "inconclusive", "uninterpretable", "not run")
 
 
 def headline(rows: Sequence[Mapping[str, Any]], path: Path | None = None) -> dict[str, list[str]]:
-    """The answer in plain words, chosen by verdicts from `paper/headline.toml`: `sentences`, and the topics left `open`.
+    """The answer in plain words, chosen by verdicts from `paper/headline.toml`: `sentences`, those `withheld` because a
+    gate failed, as the intervals alone would have them, and the topics left `open`.
 
     A sentence is left open unless each of its `claims` can be read; those of `also` count where they can. All supported,
     all refuted, `mixed` where some are supported and others refuted, `unsettled` otherwise. `rows` are judged claims with
     id and verdict. Raises GuardError for a sentence about a claim that does not exist.
     """
     verdicts = {row["id"]: row["verdict"] for row in rows}
+    alone = {row["id"]: row.get("otherwise") or row["verdict"] for row in rows}
     table = tomllib.loads((path or paths.repository() / "paper" / "headline.toml").read_text(encoding="utf-8"))
-    sentences, left_open = [], []
+    made: dict[str, list[str]] = {"sentences": [], "withheld": [], "open": []}
     for sentence in table["sentence"]:
-        also = sentence.get("also", [])
-        unknown = [claim for claim in (*sentence["claims"], *also) if claim not in verdicts]
+        unknown = [claim for claim in (*sentence["claims"], *sentence.get("also", [])) if claim not in verdicts]
         if unknown:
             raise GuardError(f"headline.toml speaks of claims that do not exist: {', '.join(unknown)}")
-        needed = {verdicts[claim] for claim in sentence["claims"]}
-        read = (needed | {verdicts[claim] for claim in also}) - UNREADABLE
-        if needed & UNREADABLE:
-            left_open.append(sentence["topic"])
-        elif read == {"supported"} or read == {"refuted"}:
-            sentences.append(sentence[read.pop()])
-        else:
-            sentences.append(sentence["mixed" if read >= {"supported", "refuted"} else "unsettled"])
-    return {"sentences": sentences, "open": left_open}
+        said = _chosen(sentence, verdicts)
+        if said is not None:
+            made["sentences"].append(said)
+            continue
+        made["open"].append(sentence["topic"])
+        aside = _chosen(sentence, alone)
+        if aside is not None:
+            made["withheld"].append(aside)
+    return made
+
+
+def _chosen(sentence: Mapping[str, Any], verdicts: Mapping[str, str]) -> str | None:
+    """The words that verdicts choose; None where one that is needed cannot be read."""
+    needed = {verdicts[claim] for claim in sentence["claims"]}
+    if needed & UNREADABLE:
+        return None
+    read = (needed | {verdicts[claim] for claim in sentence.get("also", [])}) - UNREADABLE
+    if read == {"supported"} or read == {"refuted"}:
+        return str(sentence[read.pop()])
+    return str(sentence["mixed" if read >= {"supported", "refuted"} else "unsettled"])
 
 
 def write_readme(index: Mapping[str, Any]) -> None:
@@ -55,14 +67,23 @@ def with_headline(text: str, index: Mapping[str, Any]) -> str:
     words = index["headline"]
     profile = index["profile"]
     lines = [f"- {sentence}" for sentence in words["sentences"]]
+    if words.get("withheld"):
+        lines.append(f"- Withheld by a gate, as intervals alone would have it: {' '.join(words['withheld'])}")
     if words["open"]:
         lines.append(f"- Left open by this run: {', '.join(words['open'])}.")
     source = (
-        f"From the profile `{profile['name']}` ({profile['model']['name']}, {_seeds(profile)}); "
+        f"From the profile `{profile['name']}` ({profile['model']['name']}, {_seeds(profile)}{_fewer(index)}); "
         f"[the paper](paper/paper-{profile['name']}.pdf) has the numbers, intervals and verdicts behind each sentence."
     )
     block = "\n".join(["", *lines, "", source, *_beside(profile["name"]), ""])
     return outputs.between(text, README_BEGINS, README_ENDS, block, "README.md")
+
+
+def _fewer(index: Mapping[str, Any]) -> str:
+    fewer: dict[str, list[str]] = {}
+    for name, seeds in index.get("fewer_seeds", {}).items():
+        fewer.setdefault(_seeds({"seeds": seeds}), []).append(name.split("_")[0])
+    return "".join(f", {count} in {' and '.join(names)}" for count, names in fewer.items())
 
 
 def _seeds(profile: Mapping[str, Any]) -> str:
@@ -125,6 +146,20 @@ def carried(card: Mapping[str, Any]) -> str:
     return how + off + date
 
 
+def earlier(profile: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What an earlier run of the same claims gave under a profile that was since designed anew, from
+    `paper/earlier-<profile>.json`; None where there was none. Raises GuardError where it speaks of another claim."""
+    path = paths.repository() / "paper" / f"earlier-{profile}.json"
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = outputs.read(path)
+    now = {row["id"]: row["statement"] for row in rows}
+    for row in found["claims"]:
+        if now.get(row["id"]) != row["statement"]:
+            raise GuardError(f"{path.name}: {row['id']} is not the claim that it was")
+    return found
+
+
 def _minutes(contents: Iterable[dict[str, Any]]) -> float:
     """Minutes of compute behind all experiments; an artifact that several share counts once."""
     stages: dict[str, float] = {}
@@ -149,7 +184,10 @@ def write_index(folder: Path) -> dict[str, Any]:
         content = outputs.read(path)
         if "estimates" in content:
             experiments[content["experiment"]] = content
-    if len({json.dumps(content["profile"], sort_keys=True) for content in experiments.values()}) > 1:
+    seeds = {name: list(content["profile"]["seeds"]) for name, content in experiments.items()}
+    everyone = sorted({seed for own in seeds.values() for seed in own})
+    run = [{**content["profile"], "seeds": everyone} for content in experiments.values()]
+    if len({json.dumps(profile, sort_keys=True) for profile in run}) > 1:
         raise GuardError(f"the experiments in {folder} were run with different profile values; run them together")
     judged = {row["id"]: row for content in experiments.values() for row in content["claims"]}
     rows = [
@@ -168,8 +206,11 @@ def write_index(folder: Path) -> dict[str, Any]:
         "claims": rows,
         "headline": headline(rows),
         "counts": {verdict: counts.get(verdict, 0) for verdict in ORDER},
+        "otherwise": Counter(row["otherwise"] for row in rows if row.get("otherwise")),
         "gates": [{**g, "experiment": n} for n, content in experiments.items() for g in content["gates"]],
-        "profile": next(iter(experiments.values()))["profile"] if experiments else {},
+        "profile": run[0] if run else {},
+        "fewer_seeds": {name: own for name, own in seeds.items() if own != everyone},
+        "earlier": earlier(folder.name, rows),
         "values": {name: content["values"] for name, content in experiments.items() if content.get("values")},
         "provenance": {name: content["provenance"] for name, content in experiments.items()},
         "compute_minutes": _minutes(experiments.values()),

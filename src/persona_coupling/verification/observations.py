@@ -10,11 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from persona_coupling import paths, personas, provenance
+from persona_coupling import paths, personas, provenance, score, stats
 from persona_coupling.profiles import Profile
 from persona_coupling.stages import FineTune
 from persona_coupling.store import canonical_json, sha256_of
 from persona_coupling.study import Design, collapsed
+from persona_coupling.verification import prediction
 from persona_coupling.verification.findings import Finding, verdict
 
 ANSWER = ["persona", "question", "sample"]  # what names one sampled answer of a condition and seed
@@ -251,22 +252,55 @@ def commits(records: Mapping[str, Mapping[str, Any]]) -> Finding:
     return verdict("commit", "history", faults, f"{len(named)} commits, all in the history")
 
 
-def shared(experiments: Mapping[str, Stored]) -> Finding:
-    """Whether an evaluation that several experiments share says the same in all of them."""
-    seen: dict[str, tuple[str, str]] = {}
-    faults, n = [], 0
+def shared(experiments: Mapping[str, Stored], floor: Mapping[str, float] | None = None) -> Finding:
+    """Whether an evaluation that several experiments share says the same in all of them.
+
+    One artifact says it to the letter. What two runs made of one key may differ as two trainings do (`floor`: the noise
+    floor's standard deviation by measure): there each measure of the one must lie in the interval that the other predicts,
+    at a level shared out over all that are compared, as in a spot check.
+    """
+    seen: dict[str, _Shared] = {}
+    faults, again, n = [], [], 0
     for name, stored in experiments.items():
-        table = stored.tables.get("completions")
-        if table is None or not len(table):
-            continue
-        parts = dict(list(table.groupby(["condition", "seed"], sort=False)))
+        tables = [_by_cell(stored.tables.get(table)) for table in ("completions", "fixed")]
         for cell in stored.record.get("cells", []):
-            part = parts.get((cell["condition"], cell["seed"]))
-            if part is None:
+            answers, fixed = (parts.get((cell["condition"], cell["seed"])) for parts in tables)
+            if answers is None:
                 continue
-            text = canonical_json(part.sort_values(ANSWER)["completion"].tolist())
-            where, other = seen.setdefault(cell["evaluation"], (f"{cell['condition']} of {name}", text))
-            n += where != f"{cell['condition']} of {name}"
-            if other != text:
-                faults.append(f"{where} and {cell['condition']} of {name} are one evaluation with different answers")
-    return verdict("shared", "evaluations", faults, f"{n} that stand in several experiments agree")
+            text = canonical_json(answers.sort_values(ANSWER)["completion"].tolist())
+            made = str((cell.get("provenance") or {}).get("made"))
+            here = _Shared(f"{cell['condition']} of {name}", made, text, answers, fixed)
+            other = seen.setdefault(cell["evaluation"], here)
+            n += other is not here
+            if other.text == text:
+                continue
+            if other.made == made or other.fixed is None or fixed is None:
+                faults.append(f"{other.where} and {here.where} are one evaluation with different answers")
+            else:
+                again.append((other, here))
+    if again:
+        level = 1 - (1 - stats.CONFIDENCE) / (len(again) * len(prediction.MEASURES))
+        for other, here in again:
+            named = f"{other.where} and {here.where}, made by two runs"
+            old, new = (prediction.observed(score.score_table(x.answers), x.fixed) for x in (other, here))
+            found = prediction.compare(named, old, new, level=level, floor=dict(floor or {}))
+            faults += [f"{row.cell}: the {row.measure} differs by more than noise" for row in found if row.inside is False]
+    said = f"{n} that stand in several experiments agree"
+    return verdict("shared", "evaluations", faults, said + f", {len(again)} of them made by two runs" * bool(again))
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """An evaluation as one experiment holds it."""
+
+    where: str
+    made: str
+    text: str
+    answers: pd.DataFrame
+    fixed: pd.DataFrame | None
+
+
+def _by_cell(table: pd.DataFrame | None) -> dict[Any, pd.DataFrame]:
+    if table is None or not len(table):
+        return {}
+    return dict(list(table.groupby(["condition", "seed"], sort=False)))

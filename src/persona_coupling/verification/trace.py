@@ -71,6 +71,8 @@ def sources(profile: str) -> Sources:
             for found in content.get("estimates", {}).values():
                 _take_estimate(made, found)
     index = json.loads((paths.generated(profile) / "index.json").read_text(encoding="utf-8"))
+    for row in (index.get("earlier") or {}).get("claims", []):
+        _take_estimate(made, row)
     for number in computed(index):
         made.numbers |= {fixed(number, 0), fixed(number, 1)}
     noise = paths.generated(profile) / "noise_floor.json"

@@ -20,6 +20,7 @@ from persona_coupling.errors import GuardError, UserError
 from persona_coupling.profiles import Profile
 from persona_coupling.verification import observations, redrawing, seal, trace
 from persona_coupling.verification.findings import FAILS, UNKNOWN, Finding, exit_code, verdict
+from persona_coupling.verification.prediction import noise_floor
 
 COLUMNS = 100
 
@@ -134,7 +135,7 @@ def across(what: str, profile: str) -> Examined:
         records = {name: s.record for name, s in stored.items()}
         found = [
             guarded(lambda: observations.commits(records), "history"),
-            guarded(lambda: observations.shared(stored), "evaluations"),
+            guarded(lambda: observations.shared(stored, noise_floor(profile)[0]), "evaluations"),
             guarded(lambda: check_mutations(profile, records), "mutations.json"),
         ]
     return Examined(what, found, seconds=time.monotonic() - started)
