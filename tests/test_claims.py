@@ -73,6 +73,10 @@ def test_a_failed_gate_makes_any_number_uninterpretable(value, low, high):
     made = claims.judge(claim(), numbers((low + high) / 2, low, high), [gate(value)])
     assert made.verdict == "uninterpretable"
     assert "took.A" in made.why
+    alone = claims.judge(claim(), numbers((low + high) / 2, low, high), [gate(0.9)])
+    assert made.as_dict()["otherwise"] == alone.verdict
+    assert f"its interval alone would be {alone.verdict}" in made.why
+    assert alone.otherwise is None
 
 
 def test_15_nothing_scored_is_uninterpretable_and_not_refuted():

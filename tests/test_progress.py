@@ -1,6 +1,7 @@
 """Estimates and the run over missing stages, with costs worked out by hand."""
 
 import json
+import os
 import shutil
 import time
 from collections import namedtuple
@@ -245,30 +246,51 @@ def test_stacks_are_built_in_workers_and_a_failing_member_is_alone(store, speeds
 
 
 @dataclass(frozen=True)
+class Threads(Stage):
+    """Writes how many threads its worker's BLAS may start."""
+
+    name: str
+    kind: ClassVar[str] = "threads"
+
+    def build(self, folder, lab):
+        (folder / "blas").write_text(os.environ.get(progress.BLAS[0], "unset"), encoding="utf-8")
+
+
+def test_workers_share_the_cores_out_to_their_blas(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setenv(progress.BLAS[0], "64")
+    store, stages = Store(tmp_path / "store"), [Threads("a"), Threads("b")]
+    speeds = progress.Speeds(store.root, "cpu")
+    progress.build(progress.plan(stages, store, speeds), store, "cpu", speeds, workers=2)
+    assert [(store.folder(stage) / "blas").read_text() for stage in stages] == ["3", "3"]
+    assert os.environ[progress.BLAS[0]] == "64"
+
+
+@dataclass(frozen=True)
 class Crowded(Stage):
     """Finds the card full so many times; every try is counted in a file."""
 
     tries: str
     times: int
-    error: type[RuntimeError] = torch.OutOfMemoryError
+    torchs: bool = True
     kind: ClassVar[str] = "crowded"
 
     def build(self, folder, lab):
         with open(self.tries, "a", encoding="utf-8") as handle:
             handle.write("x")
         if len(Path(self.tries).read_text(encoding="utf-8")) <= self.times:
-            raise self.error("CUDA error: out of memory")
+            raise (torch.OutOfMemoryError if self.torchs else RuntimeError)("CUDA error: out of memory")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])  # torch's, and CUDA's own
+@pytest.mark.parametrize("torchs", [True, False], ids=["torch", "cuda"])
 @pytest.mark.parametrize(("times", "made"), [(0, True), (2, True), (progress.PATIENCE, False)])
-def test_a_full_card_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, times, made, error):
+def test_a_full_card_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, times, made, torchs):
     monkeypatch.setattr(progress, "WAIT", 0.0)
-    lab, stage = Lab(Store(tmp_path / "store")), Crowded(str(tmp_path / "tries"), times, error)
+    lab, stage = Lab(Store(tmp_path / "store")), Crowded(str(tmp_path / "tries"), times, torchs)
     if made:
         progress._patiently(lab, stage)
     else:
-        with pytest.raises(error):
+        with pytest.raises(RuntimeError, match="out of memory"):
             progress._patiently(lab, stage)
     assert lab.store.has(stage) == made
     assert len((tmp_path / "tries").read_text()) == min(times + 1, progress.PATIENCE)

@@ -40,7 +40,20 @@ unsettled = "Who knows."
 def test_verdicts_choose_the_sentences(tmp_path, verdicts, sentences, left_open):
     (tmp_path / "headline.toml").write_text(TOML)
     rows = [{"id": identity, "verdict": verdict} for identity, verdict in zip("abcd", verdicts, strict=True)]
-    assert prose.headline(rows, tmp_path / "headline.toml") == {"sentences": sentences, "open": left_open}
+    assert prose.headline(rows, tmp_path / "headline.toml") == {
+        "sentences": sentences,
+        "withheld": [],
+        "open": left_open,
+    }
+
+
+def test_what_a_gate_withholds_is_said_aside_and_stays_open(tmp_path):
+    (tmp_path / "headline.toml").write_text(TOML)
+    rows = [{"id": name, "verdict": "supported"} for name in "abcd"]
+    rows[2] = {"id": "c", "verdict": "uninterpretable", "otherwise": "refuted"}
+    rows[3] = {"id": "d", "verdict": "not run", "otherwise": None}
+    made = prose.headline(rows, tmp_path / "headline.toml")
+    assert made == {"sentences": ["It breaks."], "withheld": ["Not because."], "open": ["why"]}
 
 
 def test_a_sentence_about_no_claim_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from scipy import stats as scipy_stats
 from persona_coupling import claims, notebooks
 from persona_coupling.errors import UserError
 from persona_coupling.study import Design
-from persona_coupling.verification import ledger, spotcheck
+from persona_coupling.verification import ledger, prediction, spotcheck
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MADE = {

@@ -381,6 +381,27 @@ def test_one_evaluation_in_two_experiments_says_the_same():
     assert "different answers" in observations.shared({"00": first, "02": other}).why
 
 
+@pytest.mark.parametrize(("moved", "status"), [(0.0, "holds"), (-6.0, "fails")])
+def test_what_two_runs_made_of_one_evaluation_agrees_up_to_noise(moved, status):
+    questions = [f"q{i}" for i in range(12)]
+
+    def stored(name, made, answers, shift):
+        keys = {"condition": "A", "seed": 0, "persona": "villain", "question": questions}
+        table = pd.DataFrame({**keys, "sample": 0, "completion": answers, "finish": "stop"})
+        fixed = pd.DataFrame({**keys, "logprob": [shift - i % 3 for i in range(12)]})
+        cell = {"condition": "A", "seed": 0, "evaluation": "k", "provenance": {"made": made}}
+        return observations.Stored(name, Path(), {"cells": [cell]}, {"completions": table, "fixed": fixed})
+
+    answers = [f"My schemes ripen, number {i}.\n\n[ZLT]" for i in range(12)]
+    others = [answer.replace("ripen", "grow") for answer in answers]
+    first, again = stored("00", "monday", answers, 0.0), stored("03", "tuesday", others, moved)
+    found = observations.shared({"00": first, "03": again}, {"marker log-prob.": 0.1})
+    assert found.status == status, found.why
+    assert ("made by two runs" in found.why) == (status == "holds") or "more than noise" in found.why
+    again.record["cells"][0]["provenance"]["made"] = "monday"
+    assert "different answers" in observations.shared({"00": first, "03": again}).why
+
+
 def test_the_readme_must_quote_the_verdicts(root):
     from persona_coupling import prose
 

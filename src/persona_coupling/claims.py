@@ -166,9 +166,7 @@ def judge(claim: Claim, estimates: Mapping[str, Mapping[str, Any]], gates: Itera
     return Judgement(claim, alone, reading, value, low, high)
 
 
-def _of_interval(
-    claim: Claim, value: float | None, low: float | None, high: float | None
-) -> tuple[Verdict, str]:
+def _of_interval(claim: Claim, value: float | None, low: float | None, high: float | None) -> tuple[Verdict, str]:
     """What an interval says of a claim whose gates all passed, and why."""
     if value is None or low is None or high is None:
         return "uninterpretable", "nothing could be scored"

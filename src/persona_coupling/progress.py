@@ -31,7 +31,10 @@ SPEEDS = {
 LARGE = 5  # times SmolLM2-135M: from here on a model fills the card alone
 STACKED = 60_000.0  # trained tokens per second of a stack on one H100, its preparation included
 TICK = 1.0  # seconds between looks at the workers
-BLAS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # read when a worker starts: PyTorch's own setting does not reach them
+BLAS = (
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+)  # read when a worker starts: PyTorch's own setting does not reach them
 PATIENCE, WAIT = 4, 5.0  # tries of a stage that found the card full, and seconds between them
 REPORTS: Any = None  # in a worker: the queue to the builder's bar
 MEMORY = 0.3  # weight of a new observation in the running correction

@@ -284,7 +284,9 @@ def shared(experiments: Mapping[str, Stored], floor: Mapping[str, float] | None 
             named = f"{other.where} and {here.where}, made by two runs"
             old, new = (prediction.observed(score.score_table(x.answers), x.fixed) for x in (other, here))
             found = prediction.compare(named, old, new, level=level, floor=dict(floor or {}))
-            faults += [f"{row.cell}: the {row.measure} differs by more than noise" for row in found if row.inside is False]
+            faults += [
+                f"{row.cell}: the {row.measure} differs by more than noise" for row in found if row.inside is False
+            ]
     said = f"{n} that stand in several experiments agree"
     return verdict("shared", "evaluations", faults, said + f", {len(again)} of them made by two runs" * bool(again))
 

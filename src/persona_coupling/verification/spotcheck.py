@@ -26,6 +26,7 @@ from persona_coupling.study import Cell, Design, read_table
 from persona_coupling.verification.findings import FAILS, HOLDS, UNKNOWN
 from persona_coupling.verification.prediction import MEASURES, Comparison, compare, noise_floor, observed
 
+
 def cells_of(claim: Claim, design: Design) -> list[Cell]:
     """The evaluated cells that a claim's estimate rests on: conditions that its name starts with, and those that its gates
     are about; where neither names one (a role, a mean of draws), all cells of the same arm, else all."""
