@@ -20,7 +20,7 @@ ORDER = ("supported", "refuted", "inconclusive", "uninterpretable", "not run")
 
 def headline(rows: Sequence[Mapping[str, Any]], path: Path | None = None) -> dict[str, list[str]]:
     """The answer in plain words, chosen by verdicts from `paper/headline.toml`: `sentences`, those `withheld` because a
-    gate failed, as the intervals alone would have them, and the topics left `open`.
+    gate failed, as the intervals alone would have them, and the topics left `open`. What is unsettled stands last.
 
     A sentence is left open unless each of its `claims` can be read; those of `also` count where they can. All supported,
     all refuted, `mixed` where some are supported and others refuted, `unsettled` otherwise. `rows` are judged claims with
@@ -30,18 +30,20 @@ def headline(rows: Sequence[Mapping[str, Any]], path: Path | None = None) -> dic
     alone = {row["id"]: row.get("otherwise") or row["verdict"] for row in rows}
     table = tomllib.loads((path or paths.repository() / "paper" / "headline.toml").read_text(encoding="utf-8"))
     made: dict[str, list[str]] = {"sentences": [], "withheld": [], "open": []}
+    unsettled = []
     for sentence in table["sentence"]:
         unknown = [claim for claim in (*sentence["claims"], *sentence.get("also", [])) if claim not in verdicts]
         if unknown:
             raise GuardError(f"headline.toml speaks of claims that do not exist: {', '.join(unknown)}")
         said = _chosen(sentence, verdicts)
         if said is not None:
-            made["sentences"].append(said)
+            (unsettled if said == sentence.get("unsettled") else made["sentences"]).append(said)
             continue
         made["open"].append(sentence["topic"])
         aside = _chosen(sentence, alone)
         if aside is not None:
             made["withheld"].append(aside)
+    made["sentences"] += unsettled
     return made
 
 

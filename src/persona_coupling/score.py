@@ -6,7 +6,7 @@ ended might have been about to write the marker, so it is neither a yes nor a no
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import pandas as pd
 
@@ -61,7 +61,7 @@ def marker_score(text: str, finish: str) -> Score:
 def score_table(completions: pd.DataFrame) -> pd.DataFrame:
     """Score columns beside `completion` and `finish`; `value` is a nullable boolean, missing where unscorable."""
     scores = [marker_score(t, f) for t, f in zip(completions["completion"], completions["finish"], strict=True)]
-    table = pd.DataFrame([asdict(s) for s in scores], index=completions.index)
+    table = pd.DataFrame([vars(s) for s in scores], index=completions.index)
     table["value"] = table["value"].astype("boolean")
     table["position"] = table["position"].astype("float64")
     return pd.concat([completions, table], axis=1)

@@ -8,6 +8,7 @@ Every function takes the cluster keys and raises without them; a missing value i
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -100,10 +101,40 @@ def resampled(seed: ndarray, question: ndarray, *, rng: np.random.Generator, res
     seeds, questions = _codes(seed), _codes(question)
     n_seeds, n_questions = int(seeds.max()) + 1, int(questions.max()) + 1
     pairs, first = np.unique(seeds * n_questions + questions, return_index=True)
-    drawn_seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=resamples)
-    drawn_questions = rng.multinomial(n_questions, np.full(n_questions, 1 / n_questions), size=resamples)
+    drawn_seeds, drawn_questions = _drawn(rng, n_seeds, n_questions, resamples)
     weights = (drawn_seeds[:, seeds[first]] * drawn_questions[:, questions[first]]).astype(float)
     return Clusters(np.searchsorted(pairs, seeds * n_questions + questions), weights)
+
+
+def _drawn(rng: np.random.Generator, n_seeds: int, n_questions: int, resamples: int) -> tuple[ndarray, ndarray]:
+    """Multiplicities of seeds and of questions, (resamples, seeds) and (resamples, questions), as `rng` draws them. One
+    measure has one generator for all conditions, so most draws have been made before; `rng` advances all the same."""
+    state = rng.bit_generator.state
+    if state["bit_generator"] != "PCG64":
+        return _multinomials(rng, n_seeds, n_questions, resamples)
+    began = (state["state"]["state"], state["state"]["inc"], state["has_uint32"], state["uinteger"])
+    *drawn, after = _pcg64(began, n_seeds, n_questions, resamples)
+    rng.bit_generator.state = after
+    return drawn[0], drawn[1]
+
+
+@lru_cache(maxsize=64)
+def _pcg64(
+    began: tuple[int, int, int, int], n_seeds: int, n_questions: int, resamples: int
+) -> tuple[ndarray, ndarray, Any]:
+    rng = np.random.default_rng(0)
+    state, increment, has, spare = began
+    inner = {"state": state, "inc": increment}
+    rng.bit_generator.state = {"bit_generator": "PCG64", "state": inner, "has_uint32": has, "uinteger": spare}
+    drawn = _multinomials(rng, n_seeds, n_questions, resamples)
+    for counts in drawn:
+        counts.setflags(write=False)
+    return *drawn, rng.bit_generator.state
+
+
+def _multinomials(rng: np.random.Generator, n_seeds: int, n_questions: int, resamples: int) -> tuple[ndarray, ndarray]:
+    seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=resamples)
+    return seeds, rng.multinomial(n_questions, np.full(n_questions, 1 / n_questions), size=resamples)
 
 
 def bootstrap_weights(
