@@ -408,3 +408,18 @@ def test_the_order_of_rows_does_not_matter():
     one = stats.proportion(hits, **keys, rng=generator())
     other = stats.proportion(hits[order], **{n: k[order] for n, k in keys.items()}, rng=generator())
     assert (one.value, one.low, one.high) == pytest.approx((other.value, other.low, other.high))
+
+
+def test_draws_that_were_made_before_are_the_same_and_leave_the_generator_where_drawing_would():
+    seed, question = np.repeat([5, 6, 7], 4), np.tile(np.arange(4), 3)
+    stats._pcg64.cache_clear()
+    rngs = [np.random.default_rng(11) for _ in range(3)]
+    first, again = (stats.resampled(seed, question, rng=rng).weights for rng in rngs[:2])
+    assert stats._pcg64.cache_info().hits == 1
+    seeds, questions = stats._multinomials(rngs[2], 3, 4, stats.RESAMPLES)
+    plain = (seeds[:, :, None] * questions[:, None, :]).reshape(stats.RESAMPLES, 12)
+    assert (first == plain).all()
+    assert (again == plain).all()
+    assert len({float(rng.random()) for rng in rngs}) == 1
+    other = stats.resampled(seed, question, rng=np.random.default_rng(12)).weights
+    assert not (other == plain).all()

@@ -30,7 +30,7 @@ def headline(rows: Sequence[Mapping[str, Any]], path: Path | None = None) -> dic
     alone = {row["id"]: row.get("otherwise") or row["verdict"] for row in rows}
     table = tomllib.loads((path or paths.repository() / "paper" / "headline.toml").read_text(encoding="utf-8"))
     made: dict[str, list[str]] = {"sentences": [], "withheld": [], "open": []}
-    unsettled = []
+    unsettled: list[str] = []
     for sentence in table["sentence"]:
         unknown = [claim for claim in (*sentence["claims"], *sentence.get("also", [])) if claim not in verdicts]
         if unknown:
