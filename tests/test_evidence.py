@@ -81,3 +81,10 @@ def test_what_is_written_is_read_and_damage_is_named(tmp_path):
     (tmp_path / "record.json").unlink()
     with pytest.raises(UserError, match="no results"):
         evidence.read(tmp_path)
+
+
+def test_what_joined_records_name_stands_once():
+    from persona_coupling import provenance
+
+    records = [{"device": "H100"}, {"device": "H100 / H200"}, {"device": "H200"}]
+    assert provenance.distinct(records, "device") == ["H100", "H200"]

@@ -15,6 +15,7 @@ import pandas as pd
 
 from persona_coupling import received, untrusted
 from persona_coupling.errors import UserError
+from persona_coupling.provenance import JOINT
 from persona_coupling.store import sha256_of
 from persona_coupling.study import Results, read_table
 
@@ -94,7 +95,7 @@ def _joined(records: list[dict[str, Any]]) -> dict[str, Any]:
         if len(values) == 1:
             joined[name] = value
         elif isinstance(value, dict):
-            joined[name] = {key: " / ".join(dict.fromkeys(str(r[name].get(key)) for r in records)) for key in value}
+            joined[name] = {key: JOINT.join(dict.fromkeys(str(r[name].get(key)) for r in records)) for key in value}
         else:
-            joined[name] = " / ".join(dict.fromkeys(str(record[name]) for record in records))
+            joined[name] = JOINT.join(dict.fromkeys(str(record[name]) for record in records))
     return joined

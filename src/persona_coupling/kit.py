@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from persona_coupling import crate, notebooks, outline, outputs, paths
+from persona_coupling import crate, notebooks, outline, outputs, paths, provenance
 from persona_coupling.errors import GuardError
 from persona_coupling.outline import Outline
 from persona_coupling.store import sha256_of
@@ -239,4 +239,4 @@ def _minutes(value: float) -> str:
 
 
 def _distinct(index: Mapping[str, Any], field: str) -> list[str]:
-    return list(dict.fromkeys(str(record[field]) for record in index["provenance"].values()))
+    return provenance.distinct(index["provenance"].values(), field)

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from persona_coupling import paths
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "pandas", "pyarrow")
+
+JOINT = " / "  # between the values of parts that were joined
 
 CODE = ("src", "constraints.txt", "experiments/*.py", "experiments/*.toml")  # git's patterns: * crosses folders
 
@@ -81,3 +84,8 @@ def record(device: str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions(),
     }
+
+
+def distinct(records: Iterable[Mapping[str, Any]], field: str) -> list[str]:
+    """Each value of a field of these records once, in their order; of records that `evidence.combine` joined, each part's."""
+    return list(dict.fromkeys(value for record in records for value in str(record[field]).split(JOINT)))

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from persona_coupling import provenance
 from persona_coupling.errors import GuardError
 
 MARKS = {"supported": "✓", "refuted": "×", "inconclusive": "~", "uninterpretable": "†", "not run": "–"}
@@ -197,9 +198,7 @@ def _raw(html: str) -> str:
 def _provenance(index: dict[str, Any]) -> dict[str, list[str]]:
     """What all experiments' records say, each distinct value once."""
     records = list(index["provenance"].values())
-    found = {
-        field: list(dict.fromkeys(record[field] for record in records)) for field in ("device", "system", "commit")
-    }
+    found = {field: provenance.distinct(records, field) for field in ("device", "system", "commit")}
     versions = dict.fromkeys(f"{name} {number}" for record in records for name, number in record["versions"].items())
     return {**found, "versions": list(versions)}
 
