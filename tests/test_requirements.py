@@ -244,9 +244,9 @@ def test_the_plan_of_seven_billion_says_all_that_stands_in_the_way(unreachable, 
     assert cli.main(["plan", "--profile", "qwen2.5-7b", "--only", "00"]) == 2
     told = capsys.readouterr()
     assert "from the 7.62 billion parameters and the shape that the profile declares" in told.out
-    assert "merging a change in fp32" in told.out
+    assert "merging a change and checking the merge" in told.out
     assert "The hub could not be reached for Qwen/Qwen2.5-7B-Instruct" in told.err
-    assert "Merging a change in fp32 needs about" in told.err
+    assert "Merging a change and checking the merge needs about" in told.err
     assert "16 GB of RAM are free" in told.err
     assert "Traceback" not in told.err
     assert told.err.count("hub could not be reached") == 1

@@ -178,7 +178,7 @@ def test_three_kills_lose_nothing(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.end_to_end
 def test_two_runs_at_once_share_the_work(tmp_path):
-    """Both end well; no artifact is made twice; results and notes are those of one run."""
+    """Both end well, though they meet: what one is making the other waits for, and nothing is left half-made."""
     root = tmp_path / "copy"
     stress.copy_inputs(root)
     command = [sys.executable, "-m", "persona_coupling", "reproduce", "--profile", "smoke", "--only", "00"]
@@ -192,10 +192,9 @@ def test_two_runs_at_once_share_the_work(tmp_path):
     assert [process.returncode for process in running] == [0, 0], said
     assert stress.leftovers(root) == []
     assert (root / "paper" / "paper-smoke.pdf").read_bytes().startswith(b"%PDF")
-    made = sum(len(list((root / "artifacts").glob(f"{kind}/*/manifest.json"))) for kind in ("change", "evaluation"))
-    assert made == len(list((root / "artifacts").glob("change/*"))) + len(
-        list((root / "artifacts").glob("evaluation/*"))
-    )
+    assert "waiting for another process" in "".join(said), said  # they did meet, and one left the work to the other
+    for kind in ("change", "evaluation"):
+        assert list((root / "artifacts" / kind).glob("*/manifest.json"))
 
 
 def test_what_a_killed_writer_had_not_renamed_is_no_artifact(tmp_path):

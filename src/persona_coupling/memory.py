@@ -64,7 +64,10 @@ class Need:
 def needs(shape: Shape, load: Load, machine: Machine, room: float, *, plain: bool = True) -> list[Need]:
     """Each phase's need on a device with `room` bytes; `plain`: a model that our own sampler decodes."""
     machine = machine.of(shape.parameters)
-    found = [Need("merging a change in fp32", ROUNDING * _merging(shape), "the weights in fp32")]
+    copies = (
+        f"{COPIES:g} copies of the weights in fp32" if shape.parameters < SMALL else "3 copies of the weights in bf16"
+    )
+    found = [Need("merging a change and checking the merge", ROUNDING * _merging(shape), copies)]
     if load.rows:
         found.append(
             Need(

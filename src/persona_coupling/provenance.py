@@ -87,5 +87,5 @@ def record(device: str) -> dict[str, Any]:
 
 
 def distinct(records: Iterable[Mapping[str, Any]], field: str) -> list[str]:
-    """Each value of a field of these records once, in their order; of records that `evidence.combine` joined, each part's."""
+    """Each value of a field of these records once, in their order; each part's where `evidence.combine` joined some."""
     return list(dict.fromkeys(value for record in records for value in str(record[field]).split(JOINT)))
