@@ -185,7 +185,8 @@ def test_every_profile_gives_a_sound_design_that_other_experiments_share(profile
     design = designed(profile)
     design.check()
     study = Study.open(profile)
-    raw = study.cell("A.prebaked", study.raw.merge(study.adapter(seed=0)), seed=0)
+    first = study.seeds[0]
+    raw = study.cell("A.prebaked", study.raw.merge(study.adapter(seed=first)), seed=first)
     assert raw.evaluation.key in {cell.evaluation.key for cell in design.cells}
     for condition in subspace.conditions(design.cells):
         assert subspace.label(condition)
@@ -213,7 +214,9 @@ def test_an_sft_is_taken_apart_along_the_adapter_that_is_merged_after_it() -> No
     adapter = study.adapter(seed=chain.seed)
     assert list(made) == ["whole", "outside", "inside", "random1", "control1", "rank2", "rank8"]
     assert made["outside"] == Part(made["whole"], adapter, "outside")
-    assert made["control1"] == Part(made["whole"], RandomLike(adapter, subspace.FIRST_DRAW + 1), "outside")
+    assert made["control1"] == Part(
+        made["whole"], RandomLike(adapter, subspace.FIRST_DRAW + 100 * chain.seed + 1), "outside"
+    )
     assert isinstance(made["rank2"], Rescaled)
     assert made["rank2"].like == made["whole"]
     assert made["rank2"].change.training.lora.rank == 2

@@ -186,9 +186,9 @@ def write_index(folder: Path) -> dict[str, Any]:
         content = outputs.read(path)
         if "estimates" in content:
             experiments[content["experiment"]] = content
-    seeds = {name: list(content["profile"]["seeds"]) for name, content in experiments.items()}
+    seeds = {name: list(content["profile"].get("seeds", [])) for name, content in experiments.items()}
     everyone = sorted({seed for own in seeds.values() for seed in own})
-    run = [{**content["profile"], "seeds": everyone} for content in experiments.values()]
+    run = [content["profile"] | ({"seeds": everyone} if everyone else {}) for content in experiments.values()]
     if len({json.dumps(profile, sort_keys=True) for profile in run}) > 1:
         raise GuardError(f"the experiments in {folder} were run with different profile values; run them together")
     judged = {row["id"]: row for content in experiments.values() for row in content["claims"]}
