@@ -1,5 +1,7 @@
 """The headline: chosen by verdicts, by nothing else."""
 
+import json
+
 import pytest
 
 from persona_coupling import claims, paths, prose
@@ -71,8 +73,10 @@ def test_the_readme_is_rewritten_between_its_comments_only(tmp_path, monkeypatch
     monkeypatch.setenv("PERSONA_COUPLING_ROOT", str(tmp_path))
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{prose.README_BEGINS}\nold\n{prose.README_ENDS}\nafter\n")
-    profile = {"name": "quick", "seeds": [0], "model": {"name": "M"}}
-    prose.write_readme({"headline": {"sentences": ["It breaks."], "open": ["why"]}, "profile": profile})
+    profile = {"name": "quick", "seeds": [0], "model": {"name": "M"}, "sft": {"steps": 8}}
+    index = {"profile": profile, "fewer_seeds": {}, "earlier": None, "counts": {"uninterpretable": 0}}
+    said = {"sentences": ["It breaks."], "withheld": [], "open": ["why"]}
+    prose.write_readme({**index, "headline": said})
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -87,13 +91,36 @@ def test_the_readme_is_rewritten_between_its_comments_only(tmp_path, monkeypatch
     (other / "record.json").write_text('{"profile": {"seeds": [0, 1]}}')
     paths.pdf("full").parent.mkdir()
     paths.pdf("full").write_bytes(b"%PDF")
-    prose.write_readme({"headline": {"sentences": [], "open": []}, "profile": profile})
+    prose.write_readme({**index, "headline": {"sentences": [], "withheld": [], "open": []}})
     assert "Of the profile `full` (2 seeds) the experiments 03 of 1 have been run: [its paper]" in readme.read_text()
+    before = {"steps": 9, "claims": [{"verdict": "uninterpretable"}, {"verdict": "refuted"}]}
+    withheld = {"sentences": [], "withheld": ["Not because."], "open": ["why"]}
+    changed = {"fewer_seeds": {"04_x": [5], "05_y": [5]}, "earlier": before, "headline": withheld}
+    prose.write_readme({**index, **changed})
+    text = readme.read_text()
+    assert "- Withheld by a gate, as intervals alone would have it: Not because.\n" in text
+    assert "1 seed, 1 seed in 04 and 05)" in text
+    assert "at 9 steps of fine-tuning" in text
+    assert "left 1 of 2 unreadable, here 0. The dose, now 8 steps" in text
     readme.write_text("no comments")
     with pytest.raises(GuardError, match="lacks the comments"):
-        prose.write_readme({"headline": {"sentences": [], "open": []}, "profile": profile})
+        prose.write_readme({**index, "headline": said})
 
 
 def test_the_repositorys_readme_has_the_comments():
     text = (paths.repository() / "README.md").read_text(encoding="utf-8")
     assert text.index(prose.README_BEGINS) < text.index(prose.README_ENDS)
+
+
+def test_an_earlier_run_speaks_of_the_same_claims_or_of_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("PERSONA_COUPLING_ROOT", str(tmp_path))
+    rows = [{"id": "a", "statement": "It breaks."}]
+    assert prose.earlier("full", rows) is None
+    (tmp_path / "paper").mkdir()
+    path = tmp_path / "paper" / "earlier-full.json"
+    path.write_text(json.dumps({"steps": 9, "claims": [{"id": "a", "statement": "It breaks."}]}))
+    assert prose.earlier("full", rows)["steps"] == 9
+    assert prose.earlier("quick", rows) is None
+    path.write_text(json.dumps({"steps": 9, "claims": [{"id": "a", "statement": "It bends."}]}))
+    with pytest.raises(GuardError, match="a is not the claim that it was"):
+        prose.earlier("full", rows)

@@ -147,7 +147,7 @@ def typeset(pair, monkeypatch):
 
     monkeypatch.setattr(stress.prose, "compile_paper", compiled)
     for root in pair:
-        with stress.notebooks.environment({"PERSONA_COUPLING_ROOT": str(root)}):
+        with stress.processes.environment({"PERSONA_COUPLING_ROOT": str(root)}):
             (root / "paper/paper-smoke.pdf").write_bytes(compiled("smoke"))
     return pair
 

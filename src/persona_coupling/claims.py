@@ -155,29 +155,31 @@ def judge(claim: Claim, estimates: Mapping[str, Mapping[str, Any]], gates: Itera
             f"claim {claim.id} names the gate {', '.join(missing)}, which the experiment does not evaluate."
         )
     failed = [by_id[name] for name in claim.gates if not by_id[name].passed]
-    alone, reading = _of_interval(claim, value, low, high)
-    if failed:
-        why = "; ".join(f"gate {g.id} failed: {_number(g.value)}, not {g.direction} {g.threshold:g}" for g in failed)
-        otherwise = None if alone == "uninterpretable" else alone
-        why += f"; {reading}" if alone == "uninterpretable" else f"; its interval alone would be {alone}"
-        return Judgement(claim, "uninterpretable", why, value, low, high, otherwise)
-    if value is not None and low is not None and high is not None and alone == "uninterpretable":
-        return Judgement(claim, alone, reading)
-    return Judgement(claim, alone, reading, value, low, high)
+    made = _of_interval(claim, value, low, high)
+    if not failed:
+        return made
+    why = "; ".join(f"gate {g.id} failed: {_number(g.value)}, not {g.direction} {g.threshold:g}" for g in failed)
+    if made.verdict == "uninterpretable":
+        return Judgement(claim, made.verdict, f"{why}; {made.why}", value, low, high)
+    why += f"; its interval alone would be {made.verdict}"
+    return Judgement(claim, "uninterpretable", why, value, low, high, made.verdict)
 
 
-def _of_interval(claim: Claim, value: float | None, low: float | None, high: float | None) -> tuple[Verdict, str]:
-    """What an interval says of a claim whose gates all passed, and why."""
+def _of_interval(claim: Claim, value: float | None, low: float | None, high: float | None) -> Judgement:
+    """The verdict that an interval gives a claim whose gates all passed."""
     if value is None or low is None or high is None:
-        return "uninterpretable", "nothing could be scored"
+        return Judgement(claim, "uninterpretable", "nothing could be scored", value, low, high)
     if not all(math.isfinite(number) for number in (value, low, high)):
-        return "uninterpretable", "the estimate is not a number"
+        return Judgement(claim, "uninterpretable", "the estimate is not a number", None, None, None)
     interval = f"{_number(value)} [{_number(low)}, {_number(high)}]"
     if claim.supported.holds(low, high):
-        return "supported", f"{interval} lies {claim.supported.direction} {claim.supported.value:g}"
-    if claim.refuted.holds(low, high):
-        return "refuted", f"{interval} lies {claim.refuted.direction} {claim.refuted.value:g}"
-    return "inconclusive", f"{interval} does not settle it"
+        verdict: Verdict = "supported"
+        why = f"{interval} lies {claim.supported.direction} {claim.supported.value:g}"
+    elif claim.refuted.holds(low, high):
+        verdict, why = "refuted", f"{interval} lies {claim.refuted.direction} {claim.refuted.value:g}"
+    else:
+        verdict, why = "inconclusive", f"{interval} does not settle it"
+    return Judgement(claim, verdict, why, value, low, high)
 
 
 def _number(value: float | None) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_coupling import notebooks, outputs, paths, profiles, website
+from persona_coupling import notebooks, outputs, paths, processes, profiles, website
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.study import STORED_ONLY, disagreement
 
@@ -394,7 +394,7 @@ def paper(arguments: argparse.Namespace) -> None:
         stored = outputs.read(record).get("profile", {})
         parameters = {"profile": name, "seeds": stored.get("seeds", []), "model": ""}
         if arguments.notes:
-            with notebooks.environment({STORED_ONLY: "1"}):
+            with processes.environment({STORED_ONLY: "1"}):
                 notebooks.execute(experiment, parameters)
         else:
             notebooks.redraw(experiment, parameters)

@@ -170,11 +170,12 @@ def claim_by_claim(profile: str, found: Outline) -> str:
     index = json.loads((paths.generated(profile) / "index.json").read_text(encoding="utf-8"))
     settings = index["profile"]
     seeds = len(settings["seeds"])
+    devices, commits = (provenance.distinct(index["provenance"].values(), field) for field in ("device", "commit"))
     counts = ", ".join(f"{n} {verdict}" for verdict, n in index["counts"].items() if n)
     lines = [
         f"The evidence is of the profile `{profile}`: {settings['model']['name']}, {seeds} seed{'s'[: seeds != 1]}, "
-        f"{_minutes(index['compute_minutes'])} of compute on {' and '.join(_distinct(index, 'device'))} "
-        f"at commit {', '.join(_distinct(index, 'commit'))}. Minutes below are that machine's; those of spot checks are "
+        f"{_minutes(index['compute_minutes'])} of compute on {' and '.join(devices)} "
+        f"at commit {', '.join(commits)}. Minutes below are that machine's; those of spot checks are "
         "upper estimates.",
         "",
         f"{len(index['claims'])} claims: {counts}. In [the paper](paper/paper-{profile}.pdf) they stand in "
@@ -236,7 +237,3 @@ def spotcheck_minutes(record: Mapping[str, Any], cells: int = CELLS) -> float:
 
 def _minutes(value: float) -> str:
     return "under a minute" if value < 1 else f"about {value:.0f} min"
-
-
-def _distinct(index: Mapping[str, Any], field: str) -> list[str]:
-    return provenance.distinct(index["provenance"].values(), field)

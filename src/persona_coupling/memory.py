@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 KEPT = {"bf16": (57.6, 13.5), "fp32": (72.1, 20.0), "full": (40.1, 16.0)}
 ROUNDING = 1.1  # allocated per byte counted
 COPIES = 4.0  # of a small model's fp32 weights: two kept sources, the copy, and its merged form
-CHECKED = 6.0  # bytes per parameter of a large model whose merge is checked, as measured: three copies in bf16
+CHECKED = 3.0  # of a large model's bf16 weights while its merge is checked, as measured
 STEADY = 1.5e9  # bytes of a CUDA context, its libraries' workspaces, and a fused head's tile
 
 
@@ -64,10 +64,14 @@ class Need:
 def needs(shape: Shape, load: Load, machine: Machine, room: float, *, plain: bool = True) -> list[Need]:
     """Each phase's need on a device with `room` bytes; `plain`: a model that our own sampler decodes."""
     machine = machine.of(shape.parameters)
-    copies = (
-        f"{COPIES:g} copies of the weights in fp32" if shape.parameters < SMALL else "3 copies of the weights in bf16"
-    )
-    found = [Need("merging a change and checking the merge", ROUNDING * _merging(shape), copies)]
+    each, copies, how = (4.0, COPIES, "fp32") if shape.parameters < SMALL else (2.0, CHECKED, "bf16")
+    found = [
+        Need(
+            "merging a change and checking the merge",
+            ROUNDING * shape.parameters * each * copies,
+            f"{copies:g} copies of the weights in {how}",
+        )
+    ]
     if load.rows:
         found.append(
             Need(
@@ -88,10 +92,6 @@ def needs(shape: Shape, load: Load, machine: Machine, room: float, *, plain: boo
                 )
             )
     return [Need(n.what, n.bytes + (STEADY if machine.device != "cpu" else 0.0), n.how) for n in found]
-
-
-def _merging(shape: Shape) -> float:
-    return shape.parameters * (4.0 * COPIES if shape.parameters < SMALL else CHECKED)
 
 
 def _sampling(shape: Shape, load: Load, machine: Machine, *, plain: bool) -> float:

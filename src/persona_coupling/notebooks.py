@@ -22,6 +22,7 @@ from typing import Any
 
 from persona_coupling import outputs, paths
 from persona_coupling.errors import UserError
+from persona_coupling.processes import environment
 from persona_coupling.store import Stage, in_order
 from persona_coupling.study import STORED_ONLY, Design
 
@@ -238,18 +239,3 @@ def _kernel_of_this_interpreter(work: Path) -> Iterator[str]:
     joined = os.pathsep.join([str(work / "jupyter"), os.environ.get("JUPYTER_PATH", "")]).strip(os.pathsep)
     with environment({"JUPYTER_PATH": joined, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}):
         yield name
-
-
-@contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables set inside, as they were outside."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

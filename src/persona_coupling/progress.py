@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_coupling import memory, notebooks
+from persona_coupling import memory, processes
 from persona_coupling.errors import UserError
 from persona_coupling.machine import cpu_has_fast_bf16
 from persona_coupling.store import Lab, Stage, Store, Work
@@ -31,10 +29,6 @@ SPEEDS = {
 LARGE = 5  # times SmolLM2-135M: from here on a model fills the card alone
 STACKED = 60_000.0  # trained tokens per second of a stack on one H100, its preparation included
 TICK = 1.0  # seconds between looks at the workers
-BLAS = (
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-)  # read when a worker starts: PyTorch's own setting does not reach them
 PATIENCE, WAIT = 4, 5.0  # tries of a stage that found the card full, and seconds between them
 REPORTS: Any = None  # in a worker: the queue to the builder's bar
 MEMORY = 0.3  # weight of a new observation in the running correction
@@ -231,16 +225,8 @@ def _side_by_side(
     failed: dict[str, BaseException] = {}
     shares: dict[str, float] = {}  # of running groups, by the key of their first stage
     done = 0.0
-    context = multiprocessing.get_context("spawn")
-    reports = context.Queue()
-    # each worker's BLAS would start a thread per core of the machine: eight of them took minutes for seconds of algebra
-    blas = dict.fromkeys(BLAS, str(_threads(workers)))
-    with (
-        notebooks.environment(blas),
-        ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_start_worker, initargs=(workers, reports)
-        ) as pool,
-    ):
+    reports = processes.SPAWN.Queue()
+    with processes.pool(workers, _start_worker, (workers, reports)) as pool:
         try:
             while waiting or running:
                 for stage in [s for s in waiting.values() if any(parent.key in failed for parent in s.parents())]:
@@ -320,17 +306,12 @@ def likeness(stage: Stage) -> tuple[str, ...]:
     return (*(parent.key for parent in stage.parents() if parent.kind == "rows"), str(getattr(stage, "seed", "")))
 
 
-def _threads(workers: int) -> int:
-    """Of a worker: its share of the cores."""
-    return max(1, (os.cpu_count() or 1) // workers)
-
-
 def _start_worker(workers: int, reports: Any) -> None:
     import torch
 
     global REPORTS  # a pool hands what its processes share to the initialiser alone
     REPORTS = reports
-    torch.set_num_threads(_threads(workers))
+    torch.set_num_threads(processes.threads(workers))
 
 
 def _make(stages: list[Stage], root: Path, device: str) -> tuple[float, dict[str, Exception]]:

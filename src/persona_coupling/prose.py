@@ -35,27 +35,27 @@ def headline(rows: Sequence[Mapping[str, Any]], path: Path | None = None) -> dic
         unknown = [claim for claim in (*sentence["claims"], *sentence.get("also", [])) if claim not in verdicts]
         if unknown:
             raise GuardError(f"headline.toml speaks of claims that do not exist: {', '.join(unknown)}")
-        said = _chosen(sentence, verdicts)
-        if said is not None:
-            (unsettled if said == sentence.get("unsettled") else made["sentences"]).append(said)
+        outcome = _outcome(sentence, verdicts)
+        if outcome is not None:
+            (unsettled if outcome == "unsettled" else made["sentences"]).append(sentence[outcome])
             continue
         made["open"].append(sentence["topic"])
-        aside = _chosen(sentence, alone)
+        aside = _outcome(sentence, alone)
         if aside is not None:
-            made["withheld"].append(aside)
+            made["withheld"].append(sentence[aside])
     made["sentences"] += unsettled
     return made
 
 
-def _chosen(sentence: Mapping[str, Any], verdicts: Mapping[str, str]) -> str | None:
-    """The words that verdicts choose; None where one that is needed cannot be read."""
+def _outcome(sentence: Mapping[str, Any], verdicts: Mapping[str, str]) -> str | None:
+    """Which of a sentence's words verdicts choose; None where one that is needed cannot be read."""
     needed = {verdicts[claim] for claim in sentence["claims"]}
     if needed & UNREADABLE:
         return None
     read = (needed | {verdicts[claim] for claim in sentence.get("also", [])}) - UNREADABLE
     if read == {"supported"} or read == {"refuted"}:
-        return str(sentence[read.pop()])
-    return str(sentence["mixed" if read >= {"supported", "refuted"} else "unsettled"])
+        return read.pop()
+    return "mixed" if read >= {"supported", "refuted"} else "unsettled"
 
 
 def write_readme(index: Mapping[str, Any]) -> None:
@@ -69,7 +69,7 @@ def with_headline(text: str, index: Mapping[str, Any]) -> str:
     words = index["headline"]
     profile = index["profile"]
     lines = [f"- {sentence}" for sentence in words["sentences"]]
-    if words.get("withheld"):
+    if words["withheld"]:
         lines.append(f"- Withheld by a gate, as intervals alone would have it: {' '.join(words['withheld'])}")
     if words["open"]:
         lines.append(f"- Left open by this run: {', '.join(words['open'])}.")
@@ -77,13 +77,28 @@ def with_headline(text: str, index: Mapping[str, Any]) -> str:
         f"From the profile `{profile['name']}` ({profile['model']['name']}, {_seeds(profile)}{_fewer(index)}); "
         f"[the paper](paper/paper-{profile['name']}.pdf) has the numbers, intervals and verdicts behind each sentence."
     )
-    block = "\n".join(["", *lines, "", source, *_beside(profile["name"]), ""])
+    block = "\n".join(["", *lines, "", source, *_before(index), *_beside(profile["name"]), ""])
     return outputs.between(text, README_BEGINS, README_ENDS, block, "README.md")
 
 
+def _before(index: Mapping[str, Any]) -> list[str]:
+    """A sentence on an earlier run of the same claims, if there was one."""
+    found = index["earlier"]
+    if found is None:
+        return []
+    unread, now = sum(r["verdict"] == "uninterpretable" for r in found["claims"]), index["counts"]["uninterpretable"]
+    return [
+        f"The same claims had been tested before, at {found['steps']} steps of fine-tuning and with other seeds: there "
+        f"gates left {unread} of {len(found['claims'])} unreadable, here {now}. The dose, now "
+        f"{index['profile']['sft']['steps']} steps, was chosen by the gate that most of them failed; claims and gates "
+        "stayed as they were, and the paper's appendix sets both runs side by side."
+    ]
+
+
 def _fewer(index: Mapping[str, Any]) -> str:
+    """Where some experiments have fewer seeds than others."""
     fewer: dict[str, list[str]] = {}
-    for name, seeds in index.get("fewer_seeds", {}).items():
+    for name, seeds in index["fewer_seeds"].items():
         fewer.setdefault(_seeds({"seeds": seeds}), []).append(name.split("_")[0])
     return "".join(f", {count} in {' and '.join(names)}" for count, names in fewer.items())
 
@@ -208,7 +223,6 @@ def write_index(folder: Path) -> dict[str, Any]:
         "claims": rows,
         "headline": headline(rows),
         "counts": {verdict: counts.get(verdict, 0) for verdict in ORDER},
-        "otherwise": Counter(row["otherwise"] for row in rows if row.get("otherwise")),
         "gates": [{**g, "experiment": n} for n, content in experiments.items() for g in content["gates"]],
         "profile": run[0] if run else {},
         "fewer_seeds": {name: own for name, own in seeds.items() if own != everyone},

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import notebooks, outputs, paths, prose
+from persona_coupling import outputs, paths, processes, prose
 from persona_coupling.errors import UserError
 from persona_coupling.store import MANIFEST, sha256_of
 
@@ -176,7 +176,7 @@ def papers(calm: Path, rough: Path, profile: str) -> list[str]:
     copy's own files give, and that with the calm copy's generated values (which `differences` has found to be the same but
     for clocks) and the copy's own figures it is the calm copy's, byte by byte. Changes the copy's generated values."""
     found, name = [], f"paper/paper-{profile}.pdf"
-    with notebooks.environment({"PERSONA_COUPLING_ROOT": str(rough)}):
+    with processes.environment({"PERSONA_COUPLING_ROOT": str(rough)}):
         if (rough / name).read_bytes() != prose.compile_paper(profile):
             found.append(f"{name} is not what its generated files give")
         shutil.copytree(calm / "paper/generated", rough / "paper/generated", dirs_exist_ok=True)

@@ -4,19 +4,18 @@ and verified with the checks of its experiment; what survives is named, here and
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import claims, notebooks, outputs, paths
+from persona_coupling import claims, notebooks, outputs, paths, processes
 from persona_coupling.claims import Claim
 from persona_coupling.errors import UserError
 from persona_coupling.notebooks import Experiment
@@ -100,7 +99,7 @@ def attempt(mutant: Mutant, profile: str, repository: Path, scratch: Path) -> Ou
         with tempfile.TemporaryDirectory(dir=scratch) as temporary:
             root = Path(temporary)
             _copy(repository, root, mutant, profile)
-            with notebooks.environment({redrawing.ROOT: str(root)}):
+            with processes.environment({redrawing.ROOT: str(root)}):
                 experiment = next(e for e in notebooks.discover() if e.name == mutant.experiment)
                 seal.write(profile)
                 try:
@@ -227,7 +226,6 @@ def run(profile: str, chosen: Sequence[Mutant], *, workers: int = 0) -> list[Out
     """Try forgeries side by side, under one bar; outcomes in the order of the forgeries."""
     from tqdm import tqdm
 
-    context = multiprocessing.get_context("spawn")
     count = workers or os.cpu_count() or 1
     # those that leave a notebook's inputs alone share its redrawing, which a process keeps while it has room
     order = sorted(chosen, key=lambda m: (m.experiment, m.kind in CLASSES[:3] or m.kind in CLASSES[6:9]))
@@ -239,7 +237,7 @@ def run(profile: str, chosen: Sequence[Mutant], *, workers: int = 0) -> list[Out
         # a compiled paper leaves some megabytes in its process: new processes now and then (`max_tasks_per_child` hangs
         # in Python 3.11, 2026-11)
         for first in range(0, len(order), count * FRESH):
-            with ProcessPoolExecutor(count, mp_context=context) as pool:
+            with processes.pool(count) as pool:
                 batch = order[first : first + count * FRESH]
                 waiting = {pool.submit(in_worker, m, profile, paths.repository(), Path(scratch)): m for m in batch}
                 for future in as_completed(waiting):

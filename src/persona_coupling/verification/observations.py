@@ -283,7 +283,7 @@ def shared(experiments: Mapping[str, Stored], floor: Mapping[str, float] | None 
         for other, here in again:
             named = f"{other.where} and {here.where}, made by two runs"
             old, new = (prediction.observed(score.score_table(x.answers), x.fixed) for x in (other, here))
-            found = prediction.compare(named, old, new, level=level, floor=dict(floor or {}))
+            found = prediction.compare(named, old, new, level=level, floor=floor or {})
             faults += [
                 f"{row.cell}: the {row.measure} differs by more than noise" for row in found if row.inside is False
             ]

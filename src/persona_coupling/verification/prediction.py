@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +100,7 @@ def observed(completions: pd.DataFrame, fixed: pd.DataFrame) -> dict[str, tuple[
     }
 
 
-def compare(cell: str, old: Any, new: Any, *, level: float, floor: dict[str, float]) -> list[Comparison]:
+def compare(cell: str, old: Any, new: Any, *, level: float, floor: Mapping[str, float]) -> list[Comparison]:
     """The three measures of a cell; `old` and `new` are what `observed` gives."""
     made = []
     for measure in MEASURES:

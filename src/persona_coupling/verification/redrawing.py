@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from persona_coupling import notebooks, paths
+from persona_coupling import notebooks, paths, processes
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.verification.findings import Finding, verdict
 
@@ -65,7 +65,7 @@ def redraw(name: str, profile: str, seeds: list[int], scratch: Path) -> Redrawn:
         shutil.copyfile(path, root / inside)
     made = Redrawn(root)
     try:
-        with notebooks.environment({ROOT: str(root)}), warnings.catch_warnings():
+        with processes.environment({ROOT: str(root)}), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # forged numbers warn in many ways; what they change is compared
             copy = notebooks.Experiment(name, folder / experiment.notebook.name)
             notebooks.redraw(copy, {"profile": profile, "seeds": seeds, "model": ""})

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import notebooks, paths, profiles, prose
+from persona_coupling import notebooks, paths, processes, profiles, prose
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.profiles import Profile
 from persona_coupling.verification import observations, redrawing, seal, trace
@@ -150,9 +148,8 @@ def run(profile: str, *, workers: int = 0) -> list[Examined]:
     if not names:
         raise UserError(f"There are no stored results of {profile}: nothing to verify.")
     lost = [e.name for e in notebooks.discover() if e.name not in names and _claims_committed(e.name, profile)]
-    context = multiprocessing.get_context("spawn")
     count = workers or min(os.cpu_count() or 1, 8)
-    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(count, mp_context=context) as pool:
+    with tempfile.TemporaryDirectory() as scratch, processes.pool(count) as pool:
         spanning = [pool.submit(across, what, profile) for what in ACROSS[:2]]
         single = [pool.submit(examine, name, profile, Path(scratch)) for name in names]
         spanning += [pool.submit(across, what, profile) for what in ACROSS[2:]]
