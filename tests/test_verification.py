@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from persona_coupling import cli, corpora, notebooks, personas, processes, profiles, provenance, questions
 from persona_coupling.errors import UserError
 from persona_coupling.study import Results
-from persona_coupling.verification import mutations, observations, redrawing, seal, trace, verify
+from persona_coupling.verification import journal, mutations, observations, redrawing, seal, trace, verify
 from persona_coupling.verification.findings import Finding, exit_code
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -365,6 +366,10 @@ def test_commits_must_stand_in_the_history(root):
     assert "not in the history" in observations.commits({NAME: record}).why
     head = git("rev-parse", "--short=12", "HEAD").strip()
     assert observations.commits({NAME: {"provenance": {"commit": head}, "cells": []}}).status == "holds"
+    joint = {"provenance": {"commit": f"{head}{provenance.JOINT}{HASH}"}, "cells": []}
+    assert f"names the commit {HASH}," in observations.commits({NAME: joint}).why
+    joint = {"provenance": {"commit": f"{head}{provenance.JOINT}{head}"}, "cells": []}
+    assert observations.commits({NAME: joint}).status == "holds"
     changed = {"provenance": {"commit": f"{head}+changes"}, "cells": []}
     assert "changed tree" in observations.commits({NAME: changed}).why
 
@@ -483,6 +488,31 @@ def test_a_blind_verifier_lets_forgeries_live_and_they_are_named(root, tmp_path,
     assert made["survivors"] == [f"an estimate edited: {mutant.claim}"]
     assert (made["mutants"], made["caught"]) == (1, 0)
     assert "survived: an estimate edited" in mutations.text([], made)
+
+
+def test_a_run_that_was_cut_off_is_gone_on_with(root, monkeypatch):
+    """What was tried stands on disk at once; other evidence begins anew; a line cut in half is tried again."""
+    chosen = [m for m in mutations.mutants(PROFILE) if m.kind == "evidence changed under its seal"]
+    first = mutations.run(PROFILE, chosen[:1], workers=1)
+    tried = []
+
+    def in_worker(mutant, *_arguments):
+        tried.append(mutant)
+        return first[0]
+
+    monkeypatch.setattr(mutations, "in_worker", in_worker)
+    monkeypatch.setattr(mutations.processes, "pool", lambda _count: ThreadPoolExecutor(1))
+    assert mutations.run(PROFILE, chosen, workers=1)[0] == first[0]
+    assert tried == chosen[1:]
+    kept = journal.Journal(PROFILE, mutations.Mutant, mutations.Outcome)
+    kept.path.write_text(kept.path.read_text()[:-5])
+    tried.clear()
+    mutations.run(PROFILE, chosen, workers=1)
+    assert tried == chosen[-1:]
+    altered(root, other_steps)
+    tried.clear()
+    mutations.run(PROFILE, chosen, workers=1)
+    assert tried == chosen
 
 
 def test_evidence_that_does_not_verify_is_no_ground_to_test_the_verifier_on(root):

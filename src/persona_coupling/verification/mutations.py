@@ -23,6 +23,7 @@ from persona_coupling.store import sha256_of
 from persona_coupling.verification import forgeries, redrawing, seal, trace, verify
 from persona_coupling.verification.findings import Finding
 from persona_coupling.verification.forgeries import NoTarget
+from persona_coupling.verification.journal import Journal
 
 CLASSES = (
     "answers or observations altered",
@@ -223,16 +224,25 @@ def _verified(mutant: Mutant, profile: str, scratch: Path, target: str) -> Outco
 
 
 def run(profile: str, chosen: Sequence[Mutant], *, workers: int = 0) -> list[Outcome]:
-    """Try forgeries side by side, under one bar; outcomes in the order of the forgeries."""
+    """Try forgeries side by side, under one bar; outcomes in the order of the forgeries.
+
+    What a run that was cut off has tried on this evidence by this code is not tried again.
+    """
     from tqdm import tqdm
 
     count = workers or os.cpu_count() or 1
     # those that leave a notebook's inputs alone share its redrawing, which a process keeps while it has room
     order = sorted(chosen, key=lambda m: (m.experiment, m.kind in CLASSES[:3] or m.kind in CLASSES[6:9]))
-    done: dict[Mutant, Outcome] = {}
+    journal = Journal(profile, Mutant, Outcome)
+    order = [mutant for mutant in order if mutant not in journal.found]
+    known = len(chosen) - len(order)
+    if known:
+        print(f"{known} forgeries were tried by a run that was cut off: {journal.path}")
     with (
         tempfile.TemporaryDirectory() as scratch,
-        tqdm(total=len(chosen), desc="forgeries", dynamic_ncols=True, file=sys.stdout, mininterval=2) as bar,
+        tqdm(
+            total=len(chosen), initial=known, desc="forgeries", dynamic_ncols=True, file=sys.stdout, mininterval=2
+        ) as bar,
     ):
         # a compiled paper leaves some megabytes in its process: new processes now and then (`max_tasks_per_child` hangs
         # in Python 3.11, 2026-11)
@@ -241,9 +251,9 @@ def run(profile: str, chosen: Sequence[Mutant], *, workers: int = 0) -> list[Out
                 batch = order[first : first + count * FRESH]
                 waiting = {pool.submit(in_worker, m, profile, paths.repository(), Path(scratch)): m for m in batch}
                 for future in as_completed(waiting):
-                    done[waiting[future]] = future.result()
+                    journal.add(waiting[future], future.result())
                     bar.update()
-    return [done[mutant] for mutant in chosen]
+    return [journal.found[mutant] for mutant in chosen]
 
 
 def in_worker(mutant: Mutant, profile: str, repository: Path, scratch: Path) -> Outcome:
@@ -329,4 +339,5 @@ def main(profile: str, *, only: list[str] | None = None, workers: int = 0) -> in
     print(text(outcomes, made))
     if not only:
         outputs.write_json(path(profile), made, sort_keys=True)
+        Journal(profile, Mutant, Outcome).finish()
     return 1 if made["survivors"] else 0

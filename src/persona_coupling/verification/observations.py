@@ -233,8 +233,9 @@ def commits(records: Mapping[str, Mapping[str, Any]]) -> Finding:
     """Whether all commits that made the evidence stand in the history. Skipped without git or in a shallow clone."""
     named: dict[str, str] = {}
     for name, record in records.items():
-        for made in (record.get("provenance", {}), *(cell.get("provenance", {}) for cell in record.get("cells", []))):
-            named.setdefault(str(made.get("commit")), name)
+        made = [record.get("provenance", {}), *(cell.get("provenance", {}) for cell in record.get("cells", []))]
+        for commit in provenance.distinct([{"commit": one.get("commit")} for one in made], "commit"):
+            named.setdefault(commit, name)
     top = provenance.git("rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != paths.repository().resolve():
         return Finding("commit", "history", "skipped", "no git here")
