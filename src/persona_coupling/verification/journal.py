@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Hashable
-from pathlib import Path
 from typing import Any
 
 from persona_coupling import paths
