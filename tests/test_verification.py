@@ -504,7 +504,7 @@ def test_a_run_that_was_cut_off_is_gone_on_with(root, monkeypatch):
     monkeypatch.setattr(mutations.processes, "pool", lambda _count: ThreadPoolExecutor(1))
     assert mutations.run(PROFILE, chosen, workers=1)[0] == first[0]
     assert tried == chosen[1:]
-    kept = journal.Journal(PROFILE, mutations.Mutant, mutations.Outcome)
+    kept = journal.Journal(PROFILE)
     kept.path.write_text(kept.path.read_text()[:-5])
     tried.clear()
     mutations.run(PROFILE, chosen, workers=1)

@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from persona_coupling.claims import Claim
 from persona_coupling.errors import UserError
 from persona_coupling.notebooks import Experiment
 from persona_coupling.store import sha256_of
-from persona_coupling.verification import forgeries, redrawing, seal, trace, verify
+from persona_coupling.verification import forgeries, journal, redrawing, seal, trace, verify
 from persona_coupling.verification.findings import Finding
 from persona_coupling.verification.forgeries import NoTarget
-from persona_coupling.verification.journal import Journal
+from persona_coupling.verification.journal import Journal, Mutant, Outcome
 
 CLASSES = (
     "answers or observations altered",
@@ -42,31 +41,6 @@ CLASSES = (
 )
 FRESH = 60  # forgeries of a process before it is replaced
 TRIES = 4  # tables and conditions that are altered, one after the other, until the claim's own estimate moves
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A forgery to try: its class, the experiment, the claim it is about (none: all of the experiment), its target."""
-
-    kind: str
-    experiment: str
-    claim: str = ""
-    target: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.claim or self.experiment}{', ' + self.target if self.target else ''}"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a mutant: caught by which check and why; `moved`: the claim's own estimate changed. `caught` is
-    None where there was nothing to forge."""
-
-    mutant: Mutant
-    caught: bool | None
-    by: str = ""
-    why: str = ""
-    moved: bool | None = None
 
 
 def mutants(profile: str) -> list[Mutant]:
@@ -233,11 +207,11 @@ def run(profile: str, chosen: Sequence[Mutant], *, workers: int = 0) -> list[Out
     count = workers or os.cpu_count() or 1
     # those that leave a notebook's inputs alone share its redrawing, which a process keeps while it has room
     order = sorted(chosen, key=lambda m: (m.experiment, m.kind in CLASSES[:3] or m.kind in CLASSES[6:9]))
-    journal = Journal(profile, Mutant, Outcome)
-    order = [mutant for mutant in order if mutant not in journal.found]
+    kept = Journal(profile)
+    order = [mutant for mutant in order if mutant not in kept.found]
     known = len(chosen) - len(order)
     if known:
-        print(f"{known} forgeries were tried by a run that was cut off: {journal.path}")
+        print(f"{known} forgeries were tried by a run that was cut off: {kept.path}")
     with (
         tempfile.TemporaryDirectory() as scratch,
         tqdm(
@@ -251,9 +225,9 @@ def run(profile: str, chosen: Sequence[Mutant], *, workers: int = 0) -> list[Out
                 batch = order[first : first + count * FRESH]
                 waiting = {pool.submit(in_worker, m, profile, paths.repository(), Path(scratch)): m for m in batch}
                 for future in as_completed(waiting):
-                    journal.add(waiting[future], future.result())
+                    kept.add(waiting[future], future.result())
                     bar.update()
-    return [journal.found[mutant] for mutant in chosen]
+    return [kept.found[mutant] for mutant in chosen]
 
 
 def in_worker(mutant: Mutant, profile: str, repository: Path, scratch: Path) -> Outcome:
@@ -339,5 +313,5 @@ def main(profile: str, *, only: list[str] | None = None, workers: int = 0) -> in
     print(text(outcomes, made))
     if not only:
         outputs.write_json(path(profile), made, sort_keys=True)
-        Journal(profile, Mutant, Outcome).finish()
+        journal.path(profile).unlink(missing_ok=True)
     return 1 if made["survivors"] else 0
