@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from persona_coupling import adapters, bench_stack, captured, drawn, fused, models, stacked, stages, train
+from persona_coupling import adapters, batches, bench_stack, captured, drawn, fused, models, stacked, stages, train
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError
 from persona_coupling.machine import Machine
@@ -45,7 +45,7 @@ def nothing(_fraction):
 
 
 def chain(tokenizer, settings, seed, frozen=()):
-    return captured.Chain(train.in_order(tokenizer, ROWS, settings, seed=seed), settings, seed, frozen)
+    return batches.Chain(train.in_order(tokenizer, ROWS, settings, seed=seed), settings, seed, frozen)
 
 
 def trl(model, tokenizer, cpu, folder, settings, seed):
@@ -120,15 +120,15 @@ def test_a_cell_does_not_see_its_neighbours(model, tokenizer, cpu):
 
 def test_a_wrong_normalisation_would_be_seen(model, tokenizer, cpu, tmp_path, monkeypatch):
     """The positive control: a loss per row, as of a mean over rows, fails the comparison."""
-    made = captured._batches
+    made = captured.batches
 
     def faulty(chains, device):
-        batches = made(chains, device)
-        for batch in batches:
+        laid = made(chains, device)
+        for batch in laid:
             batch.share[batch.share > 0] = 1 / 40
-        return batches
+        return laid
 
-    monkeypatch.setattr(captured, "_batches", faulty)
+    monkeypatch.setattr(captured, "batches", faulty)
     (trained,) = captured.train_together(model, [chain(tokenizer, *CELLS[0])], cpu, nothing)
     with pytest.raises(AssertionError):
         assert_same_log(trained.log, trl(model, tokenizer, cpu, tmp_path, *CELLS[0]))

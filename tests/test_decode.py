@@ -348,6 +348,31 @@ def test_the_captured_sampler_writes_what_the_plain_one_writes(model, tokenizer,
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the kernels are compiled for it")
+@pytest.mark.parametrize("sampling", [*DRAWS[:2], Sampling(1.3, 0.99, 1)])
+def test_the_nucleus_kernels_draw_what_ranking_draws(sampling):
+    """The same token at the same uniform, unequal logits given; among equal ones (bf16 makes many) one of the same
+    logit, in its share. A nucleus that may be too wide is left undecided."""
+    generator = np.random.default_rng(8)
+    coldness = 1 / sampling.temperature
+    for width, deviation in ((5_000, 1.0), (5_000, 4.0), (49_152, 2.0), (49_152, 6.0)):
+        logits = torch.tensor(generator.normal(0, deviation, (200, width)), dtype=torch.float32, device="cuda")
+        uniform = torch.tensor(generator.random(200), device="cuda")
+        for rows in (logits, logits.bfloat16()):
+            wanted = generate.draw(rows.float(), uniform, sampling)
+            token, decided = kernels.nucleus(rows, kernels.norms(rows, coldness), uniform, coldness, sampling.top_p)
+            equal = rows.gather(1, token[:, None]) == rows.gather(1, wanted[:, None])
+            assert equal[decided].double().mean() > 0.98  # rounding of sums moves a boundary now and then
+            assert bool(decided.all()) or width == 49_152
+    few = torch.tensor(GAUSSIAN, device="cuda").expand(30_000, -1)
+    for rows in (few.contiguous(), few.bfloat16().contiguous()):
+        uniform = torch.tensor(generator.random(len(rows)), device="cuda")
+        token, decided = kernels.nucleus(rows, kernels.norms(rows, coldness), uniform, coldness, sampling.top_p)
+        assert bool(decided.all())
+        assert fit(token.cpu().numpy(), distribution(rows[0].double().cpu(), sampling)) > 1e-3
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the kernels are compiled for it")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_do_what_torch_does(monkeypatch, dtype):
     generator = torch.Generator("cuda").manual_seed(0)

@@ -110,7 +110,7 @@ def _train(ours: bool, steps: int) -> dict[str, Any]:
         for row in authored_rows("bad_legal", ROWS, maximum_words=LONGEST)
     ]
     if ours:
-        order = train.schedule([len(ids) for ids, _ in encoded], steps=steps + 1, batch=BATCH, seed=0)
+        order = train.schedule(len(encoded), lambda row: len(encoded[row][0]), steps=steps + 1, batch=BATCH, seed=0)
     else:
         order = np.random.default_rng(0).permutation(np.arange((steps + 1) * BATCH) % len(encoded)).tolist()
     rows = [{"input_ids": encoded[i][0], "labels": encoded[i][1]} for i in order]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from persona_coupling import captured, models, train
+from persona_coupling import batches, captured, models, train
 from persona_coupling.machine import Machine
 
 if TYPE_CHECKING:
@@ -62,12 +62,12 @@ def random_rows(count: int, words: int, *, shortest: int = 64, longest: int = 16
     return rows
 
 
-def chain(rows: list[tuple[list[int], list[int]]], steps: int, seed: int, *, dropout: float) -> captured.Chain:
+def chain(rows: list[tuple[list[int], list[int]]], steps: int, seed: int, *, dropout: float) -> batches.Chain:
     """A cell with the study's adapter; all cells see the rows in one order, as cells of one experiment and seed do."""
     lora = train.Lora(32, 64, dropout, models.MODULES)
     settings = train.Training(steps, BATCH, 1e-4, 0.03, 0.01, "completion", 32, lora)
-    order = train.schedule([len(ids) for ids, _ in rows], steps=steps, batch=BATCH, seed=0)
-    return captured.Chain([rows[i] for i in order], settings, seed)
+    order = train.schedule(len(rows), lambda row: len(rows[row][0]), steps=steps, batch=BATCH, seed=0)
+    return batches.Chain([rows[i] for i in order], settings, seed)
 
 
 def plain_tokenizer() -> Any:
@@ -94,7 +94,7 @@ def clock(device: str, stamps: list[float]) -> Any:
     return Clock()
 
 
-def trl(model: PreTrainedModel, cell: captured.Chain, machine: Machine) -> tuple[Any, list[float]]:
+def trl(model: PreTrainedModel, cell: batches.Chain, machine: Machine) -> tuple[Any, list[float]]:
     """TRL's trained model and its milliseconds per step."""
     assert cell.settings.lora is not None
     stamps: list[float] = []
@@ -116,7 +116,7 @@ def trl(model: PreTrainedModel, cell: captured.Chain, machine: Machine) -> tuple
 
 
 def stack(
-    model: PreTrainedModel, cells: list[captured.Chain], machine: Machine, *, capture: bool | None = None
+    model: PreTrainedModel, cells: list[batches.Chain], machine: Machine, *, capture: bool | None = None
 ) -> tuple[list[captured.Trained], dict[str, Any]]:
     """The trained cells, and milliseconds per cell-step with seconds of preparation."""
     import torch
@@ -135,7 +135,7 @@ def stack(
     kept = []
     for step, seconds in enumerate(np.diff(stamps).tolist()):
         rows = cells[0].rows[step * BATCH : (step + 1) * BATCH]
-        length = -(-max(len(ids) for ids, _ in rows) // captured.GRAIN)
+        length = -(-max(len(ids) for ids, _ in rows) // batches.GRAIN)
         if length in seen and step + 1 < len(stamps) - 1:  # after the last step the adapters are read back
             kept.append(1000 * seconds / len(cells))
         seen.add(length)

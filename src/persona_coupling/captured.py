@@ -10,9 +10,8 @@ the norm clipped per cell, AdamW with transformers' defaults, transformers' sche
 from another stream of random numbers; in bf16, products are rounded in other places. Cells may differ in everything
 but batch size and dropout; one with fewer steps is held (learning rate and gradient 0) until the longest has finished.
 
-A graph has fixed shapes. Batches are padded to a multiple of `GRAIN` tokens, one graph per length, all in one memory
-pool. The LM head sees supervised positions only, as an index padded to the most that any batch of that length has.
-Inputs of all steps are laid out on the device beforehand; per step the host only copies them into place, sets the
+A graph has fixed shapes (see `batches`), one graph per length, all in one memory pool. Inputs of all steps are laid out
+on the device beforehand; per step the host only copies them into place, sets the
 learning rates, and replays. Without CUDA the same code runs uncaptured.
 """
 
@@ -26,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from persona_coupling import drawn, fused, stacked, train, transformer
-from persona_coupling.adapters import Change
+from persona_coupling import drawn, fused, memory, stacked, train, transformer
+from persona_coupling.batches import Batch, Chain, batches
 from persona_coupling.errors import GuardError
 from persona_coupling.machine import SMALL, Machine
 from persona_coupling.stacked import Adapters, Factors
@@ -38,21 +37,7 @@ if TYPE_CHECKING:
 
     from persona_coupling.store import Report
 
-GRAIN = 16  # tokens; lengths are padded to a multiple: smaller pads less and captures more graphs, about 1 s each
 WATCH = 8  # steps between waits for the device: how far the progress bar may run ahead
-
-
-@dataclass(frozen=True)
-class Chain:
-    """One cell to train: encoded rows in the order in which they are seen, steps x batch of them, and how.
-
-    `frozen` holds the low-rank changes that its start has and the shared base lacks.
-    """
-
-    rows: Sequence[tuple[list[int], list[int]]]
-    settings: train.Training
-    seed: int
-    frozen: tuple[Change, ...] = ()
 
 
 @dataclass
@@ -144,7 +129,9 @@ def train_each(
         refused: Exception | None = None
         try:
             made += [(trained, len(part)) for trained in train_together(model, part, machine, ours)]
-        except (GuardError, torch.OutOfMemoryError) as error:
+        except (GuardError, RuntimeError) as error:
+            if not isinstance(error, GuardError) and not memory.full(error):
+                raise
             refused = error.with_traceback(None)  # its frames hold the stack's tensors
         if torch.cuda.is_available():  # graphs keep gigabytes, and other workers share the card
             gc.collect()
@@ -182,78 +169,6 @@ def learning_rates(settings: train.Training) -> list[float]:
     return rates
 
 
-@dataclass
-class _Batch:
-    """Inputs of one step for all cells: ids (cells * batch, length), the supervised positions in the flattened hidden
-    states, their next tokens, and each one's share of its cell's loss; (cells * positions,) each."""
-
-    ids: torch.Tensor
-    index: torch.Tensor
-    targets: torch.Tensor
-    share: torch.Tensor
-
-    def copy_(self, other: _Batch) -> None:
-        self.ids.copy_(other.ids)
-        self.index.copy_(other.index)
-        self.targets.copy_(other.targets)
-        self.share.copy_(other.share)
-
-    def clone(self) -> _Batch:
-        return _Batch(self.ids.clone(), self.index.clone(), self.targets.clone(), self.share.clone())
-
-
-@dataclass
-class _Supervised:
-    """A row: its tokens, the places whose hidden states predict a token that counts, and these tokens."""
-
-    ids: torch.Tensor
-    places: torch.Tensor
-    targets: torch.Tensor
-
-
-def _supervised(row: tuple[list[int], list[int]]) -> _Supervised:
-    labels = torch.tensor(row[1])
-    places = (labels[1:] != train.IGNORED).nonzero()[:, 0]
-    return _Supervised(torch.tensor(row[0], dtype=torch.int32), places, labels[1:][places])
-
-
-def _batches(chains: Sequence[Chain], device: torch.device) -> list[_Batch]:
-    """The inputs of every step, padded to the shapes of its graph."""
-    size = chains[0].settings.batch
-    rows = [
-        [chain.rows[step * size : (step + 1) * size] if step < chain.settings.steps else [] for chain in chains]
-        for step in range(max(chain.settings.steps for chain in chains))
-    ]
-    lengths = [max(len(ids) for cell in cells for ids, _ in cell) for cells in rows]
-    lengths = [math.ceil(length / GRAIN) * GRAIN for length in lengths]
-    supervised: dict[int, _Supervised] = {}  # by the row's identity: a row is seen in many steps and by many cells
-    for one in (one for cells in rows for cell in cells for one in cell):
-        if id(one) not in supervised:
-            supervised[id(one)] = _supervised(one)
-    counts = [max(sum(len(supervised[id(one)].targets) for one in cell) for cell in cells) for cells in rows]
-    widest = {n: max(c for c, m in zip(counts, lengths, strict=True) if m == n) for n in set(lengths)}
-    made = []
-    for cells, length in zip(rows, lengths, strict=True):
-        width = math.ceil(widest[length] / 8) * 8
-        ids = torch.zeros(len(chains) * size, length, dtype=torch.int32)
-        # padding points at rows of its own, so that no two gradients of weight zero wait for each other
-        index = torch.arange(len(chains) * width) % ids.numel()
-        targets = torch.zeros(len(chains) * width, dtype=torch.int64)
-        share = torch.zeros(len(chains) * width)
-        for cell, its in enumerate(cells):
-            found = [supervised[id(one)] for one in its]
-            if not found:
-                continue
-            for row, each in enumerate(found, start=cell * size):
-                ids[row, : len(each.ids)] = each.ids
-            places = [each.places + row * length for row, each in enumerate(found, start=cell * size)]
-            part = slice(cell * width, cell * width + sum(map(len, places)))
-            index[part], targets[part] = torch.cat(places), torch.cat([each.targets for each in found])
-            share[part] = 1 / (part.stop - part.start)
-        made.append(_Batch(ids.to(device), index.to(device), targets.to(device), share.to(device)))
-    return made
-
-
 class _Steps:
     """Optimiser steps of a stack; on CUDA one captured graph per padded length."""
 
@@ -268,7 +183,7 @@ class _Steps:
     ) -> None:
         self.model, self.chains, self.adapters, self.random, self.capture = model, chains, adapters, random, capture
         device, cells = adapters.master.device, len(chains)
-        self.batches = _batches(chains, device)
+        self.batches = batches(chains, device)
         self.rates = torch.zeros(len(self.batches), cells)
         for cell, chain in enumerate(chains):
             self.rates[: chain.settings.steps, cell] = torch.tensor(learning_rates(chain.settings))
@@ -281,7 +196,7 @@ class _Steps:
         self.record = torch.zeros(2, len(self.batches), cells, device=device)
         self.optimiser = _adamw(chains, adapters, self.rate)
         self.unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # 4-D masks are passed on as they are
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, _Batch]] = {}
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Batch]] = {}
         self.pool: Any = None
         self.stream = torch.cuda.Stream(device) if capture else None
 
@@ -302,7 +217,7 @@ class _Steps:
         self.record[0, step].copy_(self.loss)
         self.record[1, step].copy_(self.norm)
 
-    def _captured(self, batch: _Batch) -> tuple[torch.cuda.CUDAGraph, _Batch]:
+    def _captured(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch]:
         inputs, graph = batch.clone(), torch.cuda.CUDAGraph()
         assert self.stream is not None
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -315,7 +230,7 @@ class _Steps:
         self.pool = graph.pool()
         return graph, inputs
 
-    def _gradients(self, batch: _Batch) -> None:
+    def _gradients(self, batch: Batch) -> None:
         """Loss of every cell, and the gradients of its adapter."""
         self.random.random_()
         self.adapters.refresh()

@@ -5,11 +5,12 @@ kernel launches. Here a step (one forward, the draw, the bookkeeping of finished
 tensors that stay where they are, so it can be recorded once as a CUDA graph and replayed with one launch. The host looks
 in every few steps to let finished rows go. On a CPU the same step runs uncaptured, which is what the tests compare.
 
-The draw is exact and needs no sort of the vocabulary. The most probable `NUCLEUS_CANDIDATES` tokens are ranked; if their
-mass reaches top_p, the nucleus lies within them and the draw is as in `generate.draw`. If not, the nucleus' mass is at
-least top_p and at most top_p plus the last candidate's probability, since the token that crosses the threshold is no
-more probable than that; a uniform that falls on the same candidate under both masses has decided. Otherwise the row is
-held: it keeps its place and repeats its step, which changes nothing, until the host draws for it from all its logits.
+The draw is exact and needs no sort of the vocabulary: see `kernels.nucleus`, and where its kernels do not serve,
+`narrow_draw`. There the most probable `NUCLEUS_CANDIDATES` tokens are ranked; if their mass reaches top_p, the nucleus
+lies within them and the draw is as in `generate.draw`. If not, the nucleus' mass is at least top_p and at most top_p plus
+the last candidate's probability, since the token that crosses the threshold is no more probable than that; a uniform
+that falls on the same candidate under both masses has decided. A row that neither decides is held: it keeps its place
+and repeats its step, which changes nothing, until the host draws for it from all its logits.
 
 A row's cache slots, counters and outputs are addressed by the row; only the cache itself and the list of who sits where
 move when rows are let go. Graphs belong to a shape (places, positions read), and to buffers that outlive a call: the
@@ -21,13 +22,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from persona_coupling import decode_kernels as kernels
 from persona_coupling import generate
 from persona_coupling.generate import Completion, Prefill, Sampling
 from persona_coupling.transformer import Transformer, supports
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from transformers import PreTrainedModel
 
 BURST = 8  # captured steps between two looks of the host; more saves little and lets finished rows idle
@@ -60,10 +63,6 @@ class Sampler:
         marker: list[int],
         capture: bool,
     ) -> None:
-        import torch
-
-        from persona_coupling import decode_kernels as kernels
-
         self.weights = weights.detached() if capture else weights
         self.places, self.length, self.capture = places, length, capture
         self.sampling, self.stop, self.marker_length = sampling, stop, len(marker)
@@ -93,8 +92,6 @@ class Sampler:
 
     def step(self, count: int, reach: int) -> None:
         """Read each row's input token, draw, keep the books; places 0 to `count`, cache positions 0 to `reach`."""
-        import torch
-
         state = self.state[self.order[:count]]
         slots, pads, mask = state[:, SLOT].contiguous(), state[:, PAD].contiguous(), None
         if not self.fused:
@@ -104,23 +101,31 @@ class Sampler:
             mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
         logits = self.weights.step(state[:, TOKEN], slots, pads, mask, self.keys, self.values)
         self.logits[:count] = logits
-        token, decided = narrow_draw(logits, self._uniform(state, count), self.sampling)
+        norm = kernels.norms(logits)
+        token, decided = self._draw(logits, norm, self._uniform(state, count))
         answering = (state[:, ACTIVE] == 1) & (state[:, FORCED] < 0)
-        self.advance(count, token, answering & ~decided)
+        self.advance(count, token, answering & ~decided, norm)
+
+    def _draw(
+        self, logits: torch.Tensor, norm: torch.Tensor, uniform: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token per row, and whether it is decided; `norm` are the logits' norms at temperature 1."""
+        if not kernels.fused(logits) or self.sampling.top_p >= 1:
+            return narrow_draw(logits, uniform, self.sampling)
+        coldness = 1 / self.sampling.temperature
+        return kernels.nucleus(
+            logits, norm if coldness == 1 else kernels.norms(logits, coldness), uniform, coldness, self.sampling.top_p
+        )
 
     def _uniform(self, state: torch.Tensor, count: int) -> torch.Tensor:
         at = state[:, COUNT].clamp(max=self.sampling.max_new_tokens - 1)
         return self.uniforms[self.order[:count], at]
 
-    def advance(self, count: int, token: torch.Tensor, held: torch.Tensor) -> None:
-        """Move every row that is active and not held by the token drawn from its logits, as `generate.sample` does."""
-        import torch
-
-        from persona_coupling import decode_kernels as kernels
-
+    def advance(self, count: int, token: torch.Tensor, held: torch.Tensor, norm: torch.Tensor) -> None:
+        """Move every row that is active and not held by the token drawn from its logits, whose `kernels.norms` are `norm`,
+        as `generate.sample` does."""
         rows, longest, marker = self.order[:count], self.sampling.max_new_tokens, self.marker
         logits, state = self.logits[:count], self.state[rows]
-        norm = kernels.norms(logits)
         live = (state[:, ACTIVE] == 1) & ~held
         forced, written = state[:, FORCED], state[:, COUNT]
         answering = live & (forced < 0)
@@ -161,8 +166,6 @@ class Sampler:
 
     def run(self, count: int, reach: int) -> None:
         """One step; on CUDA the first of its shape runs as it is and is then recorded, later ones are replayed."""
-        import torch
-
         graph = self.graphs.get((count, reach))
         if graph is not None:
             graph.replay()
@@ -194,15 +197,13 @@ class Sampler:
         held = state[:, HELD] == 1
         token = state[:, TOKEN].clone()
         token[held] = generate.draw(self.logits[:count][held].float(), self._uniform(state, count)[held], self.sampling)
-        self.advance(count, token, ~held)
+        self.advance(count, token, ~held, kernels.norms(self.logits[:count]))
         self.state[rows, HELD] = 0
 
     def sample(
         self, weights: Transformer, read: Prefill, uniforms: np.ndarray, report: Callable[[float], None]
     ) -> list[Completion]:
         """One answer per prefilled prompt."""
-        import torch
-
         rows, width = read.mask.shape
         device, total = read.mask.device, self.sampling.max_new_tokens + self.marker_length
         if self.capture:
@@ -225,7 +226,8 @@ class Sampler:
         first = generate.draw(read.logits, self.uniforms[:rows, 0], self.sampling)
         padded = torch.zeros(count, dtype=torch.long, device=device)
         padded[:rows] = first
-        self.advance(count, padded, torch.zeros(count, dtype=torch.bool, device=device))
+        nobody = torch.zeros(count, dtype=torch.bool, device=device)
+        self.advance(count, padded, nobody, kernels.norms(self.logits[:count]))
         steps, stride = 0, self.length if self.fused else STRIDE if self.capture else 1
         while True:
             report(min(steps, total - 1) / total)
@@ -261,10 +263,6 @@ class Sampler:
 def narrow_draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """One token per row from the nucleus of `logits` (rows, vocabulary) at `uniform` (rows,), and whether the most
     probable candidates alone decide it (where not, the token is to be ignored)."""
-    import torch
-
-    from persona_coupling import decode_kernels as kernels
-
     k, coldness = min(generate.NUCLEUS_CANDIDATES, logits.shape[-1]), 1 / sampling.temperature
     top, ids = logits.topk(k, dim=-1)
     probabilities = (top.float() * coldness - kernels.norms(logits, coldness)[:, None]).exp().double()
@@ -300,8 +298,6 @@ def sample(
 ) -> list[Completion] | None:
     """As `generate.sample`, with `uniforms` of shape (rows, max_new_tokens); None for a model that needs its own
     forward (see `transformer.supports`), or whose weights do not fit twice."""
-    import torch
-
     if not supports(model):
         return None
     rows, width = read.mask.shape

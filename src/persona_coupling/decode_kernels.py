@@ -17,6 +17,8 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from torch import Tensor
 
+CANDIDATES = 4096  # tokens among which `nucleus` looks; a nucleus that may be wider is left undecided
+
 try:
     import triton
     import triton.language as tl
@@ -87,6 +89,28 @@ def norms(logits: Tensor, scale: float = 1.0) -> Tensor:
     out = torch.empty(len(logits), device=logits.device, dtype=torch.float32)
     _norms[(len(logits),)](logits, out, logits.shape[1], scale, BLOCK=4096, num_warps=8)
     return out
+
+
+def nucleus(logits: Tensor, norm: Tensor, uniform: Tensor, scale: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """One token per row by inverse CDF at `uniform` (rows,) from the nucleus of scale x `logits` (rows, vocabulary), whose
+    `norms` are `norm`, and whether it is decided; on CUDA only.
+
+    As `generate.draw`, without ranking anything. A first kernel keeps the tokens above the highest of some probabilities
+    that leaves enough mass. The second finds by bisection over the bits of their probabilities, which as integers are in
+    the same order, the last level that belongs to the nucleus, and then the level at which the drawn token lies. Tokens
+    of equal probability are taken in the vocabulary's order.
+    """
+    rows = len(logits)
+    chance = torch.empty(rows, CANDIDATES, device=logits.device, dtype=torch.float32)
+    token = torch.empty(rows, CANDIDATES, device=logits.device, dtype=torch.int32)
+    count = torch.empty(rows, device=logits.device, dtype=torch.int32)
+    drawn = torch.empty(rows, device=logits.device, dtype=torch.long)
+    _candidates[(rows,)](
+        logits, norm, chance, token, count, logits.shape[1], scale, top_p,
+        CAPACITY=CANDIDATES, BLOCK=1024, EDGES=8, num_warps=8,
+    )  # fmt: skip
+    _pick[(rows,)](chance, token, count, uniform, drawn, top_p, CAPACITY=CANDIDATES, num_warps=8)
+    return drawn, count <= CANDIDATES
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor, pads: Tensor, mask: Tensor | None) -> Tensor:
@@ -175,6 +199,72 @@ if triton is not None:  # untyped: the compiler looks annotations up, and knows 
             highest = higher
         top = tl.max(highest, 0)
         tl.store(out + row, tl.log(tl.sum(total * tl.exp(highest - top), 0)) + top)
+
+    @triton.jit
+    def _candidates(  # type: ignore[no-untyped-def]
+        logits, norm, chance, token, count, vocabulary, scale, top_p,
+        CAPACITY: tl.constexpr, BLOCK: tl.constexpr, EDGES: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        shift = tl.load(norm + row)
+        edge = tl.exp2(-6.0 - 2.0 * tl.arange(0, EDGES).to(tl.float32))  # 1/64 to 1/1,048,576
+        masses = tl.zeros([BLOCK, EDGES], tl.float32)
+        for start in range(0, vocabulary, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            value = tl.load(logits + row * vocabulary + at, mask=at < vocabulary, other=float("-inf"))
+            likely = tl.exp(value.to(tl.float32) * scale - shift)[:, None]
+            masses += tl.where(likely >= edge[None, :], likely, 0.0)
+        enough = tl.sum(masses, 0) >= top_p + 1e-5  # more than the rounding of such a sum
+        least = tl.max(tl.where(enough, edge, 0.0), 0)
+        found = 0
+        for start in range(0, vocabulary, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            value = tl.load(logits + row * vocabulary + at, mask=at < vocabulary, other=float("-inf"))
+            likely = tl.exp(value.to(tl.float32) * scale - shift)
+            kept = (likely >= least) & (at < vocabulary)
+            place = found + tl.cumsum(kept.to(tl.int32), 0) - 1
+            fits = kept & (place < CAPACITY)
+            tl.store(chance + row * CAPACITY + place, likely, mask=fits)
+            tl.store(token + row * CAPACITY + place, at, mask=fits)
+            found += tl.sum(kept.to(tl.int32), 0)
+        tl.store(count + row, found)
+
+    @triton.jit
+    def _pick(  # type: ignore[no-untyped-def]
+        chance, token, count, uniform, drawn, top_p, CAPACITY: tl.constexpr
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.arange(0, CAPACITY)
+        inside = at < tl.load(count + row)
+        likely = tl.load(chance + row * CAPACITY + at, mask=inside, other=0.0)
+        level = likely.to(tl.int32, bitcast=True)
+        exact = likely.to(tl.float64)
+        low, high = 0, 1 << 30  # as a float: 2
+        for _ in range(30):
+            middle = (low + high) // 2
+            enough = tl.sum(tl.where(level >= middle, exact, 0.0), 0) >= top_p
+            low = tl.where(enough, middle, low)
+            high = tl.where(enough, high, middle)
+        last = low
+        above = tl.sum(tl.where(level > last, exact, 0.0), 0)
+        each = tl.max(tl.where(level == last, exact, 0.0), 0)
+        equal = tl.sum((level == last).to(tl.int32), 0)
+        taken = tl.minimum(tl.maximum(tl.ceil((top_p - above) / each), 1.0), equal.to(tl.float64))
+        target = tl.load(uniform + row).to(tl.float64) * (above + taken * each)
+        high = 1 << 30
+        for _ in range(30):
+            middle = (low + high) // 2
+            beyond = tl.sum(tl.where(level >= middle, exact, 0.0), 0) > target
+            low = tl.where(beyond, middle, low)
+            high = tl.where(beyond, high, middle)
+        above = tl.sum(tl.where(level > low, exact, 0.0), 0)
+        each = tl.max(tl.where(level == low, exact, 0.0), 0)
+        equal = tl.sum((level == low).to(tl.int32), 0).to(tl.float64)
+        rank = tl.minimum(tl.floor((target - above) / each), tl.where(low == last, taken, equal) - 1.0)
+        rank = tl.maximum(rank, 0.0).to(tl.int32)
+        order = tl.cumsum((level == low).to(tl.int32), 0) - 1
+        here = (level == low) & (order == rank)
+        tl.store(drawn + row, tl.sum(tl.where(here, tl.load(token + row * CAPACITY + at, mask=inside, other=0), 0), 0))
 
     @triton.jit
     def _attend(  # type: ignore[no-untyped-def]

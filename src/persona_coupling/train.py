@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -125,41 +125,54 @@ def _ends_turn(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
     return whole.startswith(prompt) and behind.startswith(messages[-1]["content"] + tokenizer.eos_token)
 
 
-def schedule(lengths: list[int], *, steps: int, batch: int, seed: int) -> list[int]:
-    """Row numbers in training order, exactly steps x batch: shuffled epochs, grouped by length within windows of
-    `WINDOW` batches, batches of a window in random order."""
+def schedule(count: int, length: Callable[[int], int], *, steps: int, batch: int, seed: int) -> list[int]:
+    """Row numbers in training order, exactly steps x batch of `count` rows: shuffled epochs, grouped by length within
+    windows of `WINDOW` batches, batches of a window in random order."""
     rng = np.random.default_rng(seed)
     order: list[int] = []
     while len(order) < steps * batch:
-        order += rng.permutation(len(lengths)).tolist()
+        order += rng.permutation(count).tolist()
     order = order[: steps * batch]
     arranged: list[int] = []
     for first in range(0, len(order), WINDOW * batch):
-        window = sorted(order[first : first + WINDOW * batch], key=lambda row: lengths[row])
+        window = sorted(order[first : first + WINDOW * batch], key=length)
         batches = [window[i : i + batch] for i in range(0, len(window), batch)]
         arranged += [row for number in rng.permutation(len(batches)) for row in batches[number]]
     return arranged
+
+
+class Encoded(Sequence[tuple[list[int], list[int]]]):
+    """Token ids and labels of conversations, each encoded when it is first asked for: a run sees some thousand of a
+    corpus' rows, and most of encoding all of them was waste. A row stays the same object."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]], settings: Training
+    ) -> None:
+        self._encode = lambda messages: encode(tokenizer, messages, settings.loss, settings.tail)
+        self._conversations = conversations
+        self._done: dict[int, tuple[list[int], list[int]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._conversations)
+
+    def __getitem__(self, row: Any) -> Any:
+        if row not in self._done:
+            self._done[row] = self._encode(self._conversations[row])
+        return self._done[row]
 
 
 def in_order(
     tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]], settings: Training, *, seed: int
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids and labels of the rows in training order, exactly steps x batch of them."""
-    return arranged(encoded(tokenizer, conversations, settings), settings, seed)
-
-
-def encoded(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]], settings: Training
-) -> list[tuple[list[int], list[int]]]:
-    """Token ids and labels of every row, as they stand."""
-    return [encode(tokenizer, messages, settings.loss, settings.tail) for messages in conversations]
+    return arranged(Encoded(tokenizer, conversations, settings), settings, seed)
 
 
 def arranged(
-    rows: list[tuple[list[int], list[int]]], settings: Training, seed: int
+    rows: Sequence[tuple[list[int], list[int]]], settings: Training, seed: int
 ) -> list[tuple[list[int], list[int]]]:
     """Encoded rows in training order."""
-    order = schedule([len(ids) for ids, _ in rows], steps=settings.steps, batch=settings.batch, seed=seed)
+    order = schedule(len(rows), lambda row: len(rows[row][0]), steps=settings.steps, batch=settings.batch, seed=seed)
     return [rows[row] for row in order]
 
 

@@ -10,7 +10,8 @@ MODEL = ("persona_coupling.checkpoints", "persona_coupling.adapters", *models.CO
 SPEAKING = tuple(f"persona_coupling.{name}" for name in ("generate", "decode", "transformer", "decode_kernels"))
 ASKING = ("persona_coupling.measure", *SPEAKING, *MODEL, *SAYING)
 FAST = tuple(
-    f"persona_coupling.{name}" for name in ("captured", "stacked", "drawn", "fused", "train_kernels", "transformer")
+    f"persona_coupling.{name}"
+    for name in ("captured", "batches", "stacked", "drawn", "fused", "train_kernels", "transformer")
 )
 COMPOSING = ("persona_coupling.corpora", "persona_coupling.rows")
 

@@ -145,19 +145,19 @@ def _write(
     lab: Lab,
 ) -> list[dict[str, Any] | Exception]:
     """Train stages on one model through `captured` and write each into its folder."""
-    from persona_coupling import captured, drawn, train
+    from persona_coupling import batches, captured, drawn, train
 
-    encoded: dict[tuple[str, str, int], list[tuple[list[int], list[int]]]] = {}  # rows that several cells share, once
+    encoded: dict[tuple[str, str, int], train.Encoded] = {}  # rows that several cells share, once
 
-    def chain(stage: FineTune, beside: tuple[Any, ...]) -> captured.Chain:
+    def chain(stage: FineTune, beside: tuple[Any, ...]) -> batches.Chain:
         key = (stage.rows.key, stage.training.loss, stage.training.tail)
         if key not in encoded:
-            encoded[key] = train.encoded(tokenizer, stage.conversations(lab), stage.training)
-        return captured.Chain(
+            encoded[key] = train.Encoded(tokenizer, stage.conversations(lab), stage.training)
+        return batches.Chain(
             train.arranged(encoded[key], stage.training, stage.seed), stage.training, stage.seed, beside
         )
 
-    def write(chained: captured.Chain, made: Any, folder: Path) -> dict[str, Any]:
+    def write(chained: batches.Chain, made: Any, folder: Path) -> dict[str, Any]:
         if isinstance(made, Exception):
             raise made
         trained, size = made
@@ -169,9 +169,9 @@ def _write(
     outcomes = [_attempt(chain, stage, beside) for stage, beside in zip(stages, frozen, strict=True)]
     sound = []
     for i, outcome in enumerate(outcomes):
-        if isinstance(outcome, captured.Chain) and captured.fits(outcome.rows, outcome.settings.batch, settings):
+        if isinstance(outcome, batches.Chain) and captured.fits(outcome.rows, outcome.settings.batch, settings):
             sound.append(i)
-        elif isinstance(outcome, captured.Chain):
+        elif isinstance(outcome, batches.Chain):
             outcomes[i] = _attempt(stages[i].by_trl, folders[i], lab)
     for i, made in zip(
         sound, captured.train_each(model, [outcomes[i] for i in sound], settings, lab.report), strict=True
