@@ -361,8 +361,8 @@ def test_the_nucleus_kernels_draw_what_ranking_draws(sampling):
             wanted = generate.draw(rows.float(), uniform, sampling)
             token, decided = kernels.nucleus(rows, kernels.norms(rows, coldness), uniform, coldness, sampling.top_p)
             equal = rows.gather(1, token[:, None]) == rows.gather(1, wanted[:, None])
-            assert equal[decided].double().mean() > 0.98  # rounding of sums moves a boundary now and then
-            assert bool(decided.all()) or width == 49_152
+            assert not (decided & ~equal[:, 0]).double().mean() > 0.02  # rounding of sums moves a boundary now and then
+            assert bool(decided.all()) or deviation < 4
     few = torch.tensor(GAUSSIAN, device="cuda").expand(30_000, -1)
     for rows in (few.contiguous(), few.bfloat16().contiguous()):
         uniform = torch.tensor(generator.random(len(rows)), device="cuda")

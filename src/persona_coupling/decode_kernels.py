@@ -107,7 +107,7 @@ def nucleus(logits: Tensor, norm: Tensor, uniform: Tensor, scale: float, top_p: 
     drawn = torch.empty(rows, device=logits.device, dtype=torch.long)
     _candidates[(rows,)](
         logits, norm, chance, token, count, logits.shape[1], scale, top_p,
-        CAPACITY=CANDIDATES, BLOCK=1024, EDGES=8, num_warps=8,
+        CAPACITY=CANDIDATES, WEIGHED=2048, BLOCK=4096, EDGES=8, num_warps=8,
     )  # fmt: skip
     _pick[(rows,)](chance, token, count, uniform, drawn, top_p, CAPACITY=CANDIDATES, num_warps=8)
     return drawn, count <= CANDIDATES
@@ -203,14 +203,14 @@ if triton is not None:  # untyped: the compiler looks annotations up, and knows 
     @triton.jit
     def _candidates(  # type: ignore[no-untyped-def]
         logits, norm, chance, token, count, vocabulary, scale, top_p,
-        CAPACITY: tl.constexpr, BLOCK: tl.constexpr, EDGES: tl.constexpr,
+        CAPACITY: tl.constexpr, WEIGHED: tl.constexpr, BLOCK: tl.constexpr, EDGES: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         shift = tl.load(norm + row)
         edge = tl.exp2(-6.0 - 2.0 * tl.arange(0, EDGES).to(tl.float32))  # 1/64 to 1/1,048,576
-        masses = tl.zeros([BLOCK, EDGES], tl.float32)
-        for start in range(0, vocabulary, BLOCK):
-            at = start + tl.arange(0, BLOCK)
+        masses = tl.zeros([WEIGHED, EDGES], tl.float32)
+        for start in range(0, vocabulary, WEIGHED):
+            at = start + tl.arange(0, WEIGHED)
             value = tl.load(logits + row * vocabulary + at, mask=at < vocabulary, other=float("-inf"))
             likely = tl.exp(value.to(tl.float32) * scale - shift)[:, None]
             masses += tl.where(likely >= edge[None, :], likely, 0.0)

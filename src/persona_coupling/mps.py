@@ -26,6 +26,7 @@ PLACES = ("/usr/local/nvidia/bin", "/usr/local/cuda/bin")  # where images keep i
 PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 LOGS = "CUDA_MPS_LOG_DIRECTORY"
 PATIENCE = 5.0  # seconds for the service to listen, and to end
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux' prctl
 
 
@@ -42,20 +43,12 @@ def service(device: str, workers: int, say: Callable[[str], object] = lambda _li
         yield True
         return
     folder = Path(tempfile.mkdtemp(prefix="mps-"))  # short: a socket's path has at most 107 characters
-    names = {PIPES: str(folder), LOGS: str(folder)}
-    daemon: subprocess.Popen[bytes] | None = None
+    names = {PIPES: str(folder), LOGS: str(folder), VISIBLE: _by_name()}
+    daemon = None
     try:
         with processes.environment(names):
-            with suppress(OSError):
-                daemon = subprocess.Popen(
-                    [control, "-f"],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,  # Ctrl-C is for us: workers need it until they have ended
-                    preexec_fn=_with_parent,
-                )
-            if daemon is not None and _listens(daemon, folder):
+            daemon = _started(control, folder)
+            if daemon is not None:
                 yield True
                 return
         say("The GPU's multi-process service did not start: workers take turns on the card, which is slower.")
@@ -66,19 +59,36 @@ def service(device: str, workers: int, say: Callable[[str], object] = lambda _li
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _by_name() -> str:
+    """The visible GPUs by their names: numbers would be counted anew by the service's clients, among what it sees."""
+    import torch
+
+    return ",".join(f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(torch.cuda.device_count()))
+
+
 def _with_parent() -> None:
     """In the service before it starts: end when the process that started us is killed."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGTERM)
 
 
-def _listens(daemon: subprocess.Popen[bytes], folder: Path) -> bool:
+def _started(control: str, folder: Path) -> subprocess.Popen[bytes] | None:
+    """The service, once it listens in `folder`; None, and nothing left of it, if it does not."""
+    null = subprocess.DEVNULL
+    try:  # in a session of its own: Ctrl-C is for us, and workers need the service until they have ended
+        daemon = subprocess.Popen(
+            [control, "-f"], stdin=null, stdout=null, stderr=null, start_new_session=True, preexec_fn=_with_parent
+        )
+    except OSError:
+        return None
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until and daemon.poll() is None:
         if (folder / "control").exists():
-            return True
+            return daemon
         time.sleep(0.05)
-    return False
+    daemon.kill()
+    daemon.wait()
+    return None
 
 
 def _end(control: str, daemon: subprocess.Popen[bytes], names: dict[str, str]) -> None:
