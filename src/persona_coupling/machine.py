@@ -97,11 +97,11 @@ def _usual(device: str | None) -> Machine:
             raise UserError("No CUDA device is visible. Run on the CPU, or install a driver and a CUDA build of torch.")
         gigabytes = torch.cuda.get_device_properties(device).total_memory / 2**30
         large = gigabytes > 30
-        # eager steps of a small model wait for kernel launches: processes side by side fill the gaps, one core each, and
-        # each keeps about a hundredth of a gigabyte per prompt of its batch
-        workers = min(9 if gigabytes > 100 else 6, os.cpu_count() or 1) if large else 1
-        batch = 640 if gigabytes > 100 else 320 if large else 96
-        scored = 65_536 if large else 16_384
+        # eager steps of a small model wait for kernel launches: processes side by side fill the gaps, about one core each,
+        # and each takes some 5 GB at this batch; smaller batches leave room for more of them, which won
+        workers = min(12, int(gigabytes / 6), os.cpu_count() or 1) if large else 1
+        batch = 160 if large else 96
+        scored = 16_384
         stack = max(1, min(16, int(gigabytes / 5)))  # a cell of 135M in a stack takes 1.7 GB; others sample meanwhile
         train = 16_384 if large else 4_096
         return Machine(device, True, "sdpa", batch, 1_024, train, workers, scored, stack, exact=True)

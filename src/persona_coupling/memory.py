@@ -171,6 +171,16 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def full(error: BaseException) -> bool:
+    """Whether an error says that the card's memory is used up: while a graph is captured CUDA names what torch then
+    tries, to free some, instead of the shortage itself."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        word in str(error) for word in ("out of memory", "not permitted when stream is capturing")
+    )
+
+
 def shape_of(model: PreTrainedModel) -> Shape:
     """The shape of a loaded model."""
     config, layer = model.config.get_text_config(), model.base_model.layers[0]

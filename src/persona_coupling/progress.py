@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_coupling import memory, processes
+from persona_coupling import memory, mps, processes
 from persona_coupling.errors import UserError
 from persona_coupling.machine import cpu_has_fast_bf16
 from persona_coupling.store import Lab, Stage, Store, Work
@@ -226,7 +227,7 @@ def _side_by_side(
     shares: dict[str, float] = {}  # of running groups, by the key of their first stage
     done = 0.0
     reports = processes.SPAWN.Queue()
-    with processes.pool(workers, _start_worker, (workers, reports)) as pool:
+    with mps.service(device, workers, bar.write), processes.pool(workers, _start_worker, (workers, reports)) as pool:
         try:
             while waiting or running:
                 for stage in [s for s in waiting.values() if any(parent.key in failed for parent in s.parents())]:
@@ -312,6 +313,13 @@ def _start_worker(workers: int, reports: Any) -> None:
     global REPORTS  # a pool hands what its processes share to the initialiser alone
     REPORTS = reports
     torch.set_num_threads(processes.threads(workers))
+    import peft  # noqa: F401  # what every worker will need
+    from transformers import LlamaForCausalLM, Qwen2ForCausalLM  # noqa: F401
+
+    from persona_coupling import captured, decode, stages  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # modules live as long as the worker: each capture of a graph collects, and would look through them all
 
 
 def _make(stages: list[Stage], root: Path, device: str) -> tuple[float, dict[str, Exception]]:
@@ -326,6 +334,8 @@ def _make(stages: list[Stage], root: Path, device: str) -> tuple[float, dict[str
 
     lab = Lab(Store(root), device=device, report=report)
     errors = lab.store.make_together(stages, lab) if len(stages) > 1 else {}
+    for key in [key for key, error in errors.items() if memory.full(error)]:
+        del errors[key]  # try again below, alone
     for stage in stages:
         if stage.key not in errors:
             _patiently(lab, stage)  # alone, or being made by another process, or there
@@ -344,7 +354,7 @@ def _patiently(lab: Lab, stage: Stage) -> None:
             lab.folder(stage)
             return
         except RuntimeError as error:  # torch's own, or CUDA's from a library beside it
-            if not left or "out of memory" not in str(error):
+            if not left or not memory.full(error):
                 raise
         memory.release()  # outside of the handler, whose traceback holds the tensors
         time.sleep(WAIT)
