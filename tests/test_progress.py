@@ -272,25 +272,45 @@ class Crowded(Stage):
 
     tries: str
     times: int
-    torchs: bool = True
+    words: str = ""  # of CUDA; none: torch's own error
+    together: bool = False
     kind: ClassVar[str] = "crowded"
+
+    def stack_key(self):
+        return "crowded" if self.together else None
+
+    @staticmethod
+    def build_together(stages, folders, lab):
+        return [RuntimeError(stage.words) for stage in stages]
 
     def build(self, folder, lab):
         with open(self.tries, "a", encoding="utf-8") as handle:
             handle.write("x")
         if len(Path(self.tries).read_text(encoding="utf-8")) <= self.times:
-            raise (torch.OutOfMemoryError if self.torchs else RuntimeError)("CUDA error: out of memory")
+            raise RuntimeError(self.words) if self.words else torch.OutOfMemoryError("out of memory")
 
 
-@pytest.mark.parametrize("torchs", [True, False], ids=["torch", "cuda"])
+CAPTURING = "CUDA error: operation not permitted when stream is capturing"
+
+
+@pytest.mark.parametrize("words", ["", "CUDA error: out of memory", CAPTURING], ids=["torch", "cuda", "captured"])
 @pytest.mark.parametrize(("times", "made"), [(0, True), (2, True), (progress.PATIENCE, False)])
-def test_a_full_card_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, times, made, torchs):
+def test_a_full_card_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, times, made, words):
     monkeypatch.setattr(progress, "WAIT", 0.0)
-    lab, stage = Lab(Store(tmp_path / "store")), Crowded(str(tmp_path / "tries"), times, torchs)
+    lab, stage = Lab(Store(tmp_path / "store")), Crowded(str(tmp_path / "tries"), times, words)
     if made:
         progress._patiently(lab, stage)
     else:
-        with pytest.raises(torch.OutOfMemoryError if torchs else RuntimeError, match="out of memory"):
+        with pytest.raises(RuntimeError, match=words or "out of memory"):
             progress._patiently(lab, stage)
     assert lab.store.has(stage) == made
     assert len((tmp_path / "tries").read_text()) == min(times + 1, progress.PATIENCE)
+
+
+@pytest.mark.parametrize("words", [CAPTURING, "another error"])
+def test_members_of_a_stack_that_found_the_card_full_are_made_alone(tmp_path, words):
+    stages = [Crowded(str(tmp_path / f"tries{i}"), 0, words, together=True) for i in range(2)]
+    _, errors = progress._make(stages, tmp_path / "store", "cpu")
+    made = [Store(tmp_path / "store").has(stage) for stage in stages]
+    assert made == [words == CAPTURING] * 2
+    assert len(errors) == (0 if words == CAPTURING else 2)
