@@ -64,10 +64,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def manifests(root: Path) -> dict[str, str]:
-    """Every finished artifact and the hash of its manifest."""
+    """Every finished artifact and the hash of its manifest. A hidden folder is a writer's own until it is renamed: a
+    kill between its manifest and the renaming leaves one behind, and it was never an artifact."""
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in (root / "artifacts").glob("*/*/manifest.json")
+        for path in (root / "artifacts").glob("*/[!.]*/manifest.json")
     }
 
 

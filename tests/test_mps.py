@@ -16,7 +16,7 @@ from persona_coupling import mps
 
 # what stands in for NVIDIA's program: listens while in the foreground, and ends when another of it is told to quit
 CONTROL = """#!{python}
-import os, pathlib, signal, sys, time
+import os, pathlib, sys, time
 folder = pathlib.Path(os.environ["CUDA_MPS_PIPE_DIRECTORY"])
 if sys.argv[1:] == ["-f"]:
     {fault}
@@ -79,7 +79,7 @@ def test_it_ends_when_the_pool_fails(install):
     assert not folders[0].exists()
 
 
-def test_it_ends_when_its_owner_is_killed(install, tmp_path):
+def test_it_ends_when_its_owner_is_killed(install):
     install()
     code = (
         "import os, time\nfrom persona_coupling import mps\nmps._by_name = lambda: ''\n"
@@ -89,8 +89,7 @@ def test_it_ends_when_its_owner_is_killed(install, tmp_path):
     folder = owner.stdout.readline().strip()
 
     def served() -> bool:
-        variables = (path for path in Path("/proc").glob("[0-9]*/environ"))
-        for path in variables:
+        for path in Path("/proc").glob("[0-9]*/environ"):
             try:
                 if f"{mps.PIPES}={folder}".encode() in path.read_bytes() and path.parent.name != str(owner.pid):
                     return True
@@ -138,11 +137,14 @@ def test_a_service_that_is_there_is_used(install, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the service is its driver's")
 def test_the_real_service_serves():
     """Skips where the driver has none, as in many containers."""
-    code = "import torch; print(float(torch.ones(8, device='cuda').sum()))"
+
+    def computes() -> bool:
+        code = "import torch; print(float(torch.ones(8, device='cuda').sum()))"
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return ran.stdout == "8.0\n"
+
     with mps.service("cuda", 2) as there:
         if not there:
             pytest.skip("no multi-process service here")
-        assert (
-            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "8.0\n"
-        )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "8.0\n"
+        assert computes()
+    assert computes()

@@ -44,18 +44,18 @@ def service(device: str, workers: int, say: Callable[[str], object] = lambda _li
         return
     folder = Path(tempfile.mkdtemp(prefix="mps-"))  # short: a socket's path has at most 107 characters
     names = {PIPES: str(folder), LOGS: str(folder), VISIBLE: _by_name()}
-    daemon = None
     try:
         with processes.environment(names):
             daemon = _started(control, folder)
             if daemon is not None:
-                yield True
+                try:
+                    yield True
+                finally:
+                    _end(control, daemon)
                 return
         say("The GPU's multi-process service did not start: workers take turns on the card, which is slower.")
         yield False
     finally:
-        if daemon is not None:
-            _end(control, daemon, names)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -91,12 +91,10 @@ def _started(control: str, folder: Path) -> subprocess.Popen[bytes] | None:
     return None
 
 
-def _end(control: str, daemon: subprocess.Popen[bytes], names: dict[str, str]) -> None:
-    """Ask the service to end, and see to it that it does."""
+def _end(control: str, daemon: subprocess.Popen[bytes]) -> None:
+    """Ask the service that the environment names to end, and see to it that it does."""
     with suppress(OSError, subprocess.SubprocessError):
-        subprocess.run(
-            [control], input=b"quit\n", env={**os.environ, **names}, timeout=PATIENCE, check=False, capture_output=True
-        )
+        subprocess.run([control], input=b"quit\n", timeout=PATIENCE, check=False, capture_output=True)
     with suppress(subprocess.TimeoutExpired):
         daemon.wait(PATIENCE)
     if daemon.poll() is None:

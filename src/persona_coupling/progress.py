@@ -227,7 +227,8 @@ def _side_by_side(
     shares: dict[str, float] = {}  # of running groups, by the key of their first stage
     done = 0.0
     reports = processes.SPAWN.Queue()
-    with mps.service(device, workers, bar.write), processes.pool(workers, _start_worker, (workers, reports)) as pool:
+    start = (workers, reports, device)
+    with mps.service(device, workers, bar.write), processes.pool(workers, _start_worker, start) as pool:
         try:
             while waiting or running:
                 for stage in [s for s in waiting.values() if any(parent.key in failed for parent in s.parents())]:
@@ -307,19 +308,20 @@ def likeness(stage: Stage) -> tuple[str, ...]:
     return (*(parent.key for parent in stage.parents() if parent.kind == "rows"), str(getattr(stage, "seed", "")))
 
 
-def _start_worker(workers: int, reports: Any) -> None:
+def _start_worker(workers: int, reports: Any, device: str) -> None:
     import torch
 
     global REPORTS  # a pool hands what its processes share to the initialiser alone
     REPORTS = reports
     torch.set_num_threads(processes.threads(workers))
-    import peft  # noqa: F401  # what every worker will need
-    from transformers import LlamaForCausalLM, Qwen2ForCausalLM  # noqa: F401
+    if device.startswith("cuda"):  # each capture of a graph collects garbage, and would look through every module
+        import peft  # noqa: F401  # what every worker will need
+        from transformers import LlamaForCausalLM, Qwen2ForCausalLM  # noqa: F401
 
-    from persona_coupling import captured, decode, stages  # noqa: F401
+        from persona_coupling import captured, decode, stages  # noqa: F401
 
-    gc.collect()
-    gc.freeze()  # modules live as long as the worker: each capture of a graph collects, and would look through them all
+        gc.collect()
+        gc.freeze()
 
 
 def _make(stages: list[Stage], root: Path, device: str) -> tuple[float, dict[str, Exception]]:
@@ -334,11 +336,10 @@ def _make(stages: list[Stage], root: Path, device: str) -> tuple[float, dict[str
 
     lab = Lab(Store(root), device=device, report=report)
     errors = lab.store.make_together(stages, lab) if len(stages) > 1 else {}
-    for key in [key for key, error in errors.items() if memory.full(error)]:
-        del errors[key]  # try again below, alone
+    errors = {key: error for key, error in errors.items() if not memory.full(error)}
     for stage in stages:
         if stage.key not in errors:
-            _patiently(lab, stage)  # alone, or being made by another process, or there
+            _patiently(lab, stage)  # found the card full, or alone, or being made by another process, or there
     if device.startswith("cuda"):  # what this worker keeps unused, the others on the card lack
         import torch
 
