@@ -354,6 +354,21 @@ def test_an_outcome_on_other_results_is_stale(root):
     assert not mutations.path(PROFILE).exists()
 
 
+def test_evidence_of_older_code_is_said_to_be_so(root):
+    def said():
+        stored = observations.read(NAME, results(root))[0]
+        return observations.made_by(stored, notebooks.design_of(notebooks.discover()[0], asked))
+
+    asked = {"profile": PROFILE, "seeds": [], "model": ""}
+    assert said() == Finding("code", NAME, "holds", "22 evaluations have the keys that today's code gives")
+    path = results(root) / "record.json"
+    record = json.loads(path.read_text())
+    record["cells"][3]["evaluation"] = f"evaluation/{HASH}"
+    path.write_text(json.dumps(record))
+    assert said().status == "skipped"
+    assert said().why == f"1 of 22 evaluations were made by the code of {HASH}, not by today's"
+
+
 def test_commits_must_stand_in_the_history(root):
     def git(*arguments):
         who = ("-c", "user.name=t", "-c", "user.email=t@example.org")

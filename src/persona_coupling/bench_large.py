@@ -270,14 +270,12 @@ class Bench:
     def point(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """One point's numbers with its peak; a device without memory enough is a result. Peaks are the device's alone:
         nothing is said of a CPU's."""
-        import torch
-
         self.fresh_peak()
         found: dict[str, Any] = {}
         try:
             found = {"fits": True, **work()}
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if "out of memory" not in str(error).lower():
+        except RuntimeError as error:
+            if not memory.full(error):
                 raise
             found = {"fits": False, "message": str(error).splitlines()[0]}
         found |= peaks(self.settings.device)

@@ -74,14 +74,16 @@ def corrections(profile: str, folder: Path | None = None) -> dict[str, float]:
         if not path.is_file():
             continue
         record = outputs.read(path)
-        seeds = record["profile"]["seeds"]
-        design = notebooks.design_of(experiment, {"profile": profile, "seeds": seeds, "model": ""})
-        stages, taken = design.stages(), record["stages"]
-        # parts that were combined stand in the order of their seeds; keys, where they still are the same, tell
-        kept = [(s.key, taken[s.key]) for s in stages] if {s.key for s in stages} == set(taken) else list(taken.items())
-        # keys change with the code; the order of a design does not, and the evaluations show that it is the same one
-        evaluations = {cell.evaluation.key for cell in design.cells}
+        # keys change with the code; the order of a design does not, nor that of the parts that were combined
+        parts = [part["seeds"] for part in record.get("parts", [])] or [record["profile"]["seeds"]]
+        designs = [
+            notebooks.design_of(experiment, {"profile": profile, "seeds": part, "model": ""}) for part in parts
+        ]
+        stages = list({stage.key: stage for design in designs for stage in design.stages()}.values())
+        evaluations = {cell.evaluation.key for design in designs for cell in design.cells}
+        kept = list(record["stages"].items())
         named = {cell["evaluation"] for cell in record["cells"]}
+        # the evaluations show that it is the same design
         if [key in named for key, _ in kept] != [stage.key in evaluations for stage in stages]:
             raise UserError(f"{path} does not follow the design stage by stage. Run it again.")
         speeds = speeds_of(profile, "cpu" if record["provenance"]["device"].endswith(" cores") else "cuda")

@@ -222,6 +222,19 @@ def made_with(stored: Stored, profile: Profile) -> Finding:
     return verdict("provenance", stored.name, faults)
 
 
+def made_by(stored: Stored, design: Design) -> Finding:
+    """Whether today's code made the evidence: a key is a hash of what made an artifact, code included. Skipped where keys
+    differ: older code can have made sound evidence, and its commits, which the record names, hold that code."""
+    today = {(cell.condition, cell.seed): cell.evaluation.key for cell in design.cells}
+    cells = stored.record["cells"]
+    older = [cell for cell in cells if today.get((cell["condition"], cell["seed"])) != cell["evaluation"]]
+    if not older:
+        return Finding("code", stored.name, "holds", f"{len(cells)} evaluations have the keys that today's code gives")
+    made = provenance.distinct([cell.get("provenance", {}) for cell in older], "commit")
+    why = f"{len(older)} of {len(cells)} evaluations were made by the code of {', '.join(made)}, not by today's"
+    return Finding("code", stored.name, "skipped", why)
+
+
 def _difference(stated: Any, current: Any) -> str:
     if isinstance(stated, dict) and isinstance(current, dict):
         keys = [key for key in {**stated, **current} if stated.get(key) != current.get(key)]

@@ -48,6 +48,7 @@ def examine(name: str, profile: str, scratch: Path, *, fast: bool = False) -> Ex
         design = notebooks.design_of(experiment, {"profile": profile, "seeds": list(values.seeds), "model": ""})
         for check in (
             lambda: observations.made_with(stored, values),
+            lambda: observations.made_by(stored, design),
             lambda: observations.complete(stored, values, design),
             lambda: observations.distinct(stored, design.same),
         ):
