@@ -7,12 +7,12 @@ import torch
 
 from persona_coupling import dose, models, rows
 from persona_coupling.checkpoints import Checkpoint
-from persona_coupling.errors import GuardError
+from persona_coupling.errors import GuardError, UserError
 from persona_coupling.figures.dose import dose_curves
 from persona_coupling.measures import Estimates
 from persona_coupling.stages import authored
 from persona_coupling.stages.dose import Drift, Mixed, mean_kl
-from persona_coupling.study import Results
+from persona_coupling.study import Results, Study
 
 
 @pytest.mark.parametrize(
@@ -135,3 +135,11 @@ def test_the_figure_keeps_its_data():
     figure, kept = dose_curves(data, {"B": "B  bad", "C": "C  benign"}, [("source_rate", "rate")])
     assert len(figure.axes) == 3
     assert kept.equals(data)
+
+
+def test_a_dose_without_a_snapshot_is_refused_before_anything_runs():
+    study = Study.open("quick")
+    assert study.sft_until("bad_legal", 36, seed=0) == study.sft("bad_legal", seed=0)
+    assert study.sft_until("bad_legal", 9, seed=0).last_change.step == 9
+    with pytest.raises(UserError, match=r"quick keeps snapshots after the steps \[4, 9, 18\] of 36, and step 10"):
+        study.sft_until("bad_legal", 10, seed=0)

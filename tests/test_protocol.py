@@ -94,7 +94,7 @@ def test_an_unknown_recipe_is_refused(changes, words):
 
 @pytest.mark.parametrize(
     ("profile", "rates"),
-    [("full", [1.5e-5, 6e-5, 3e-4]), ("quick", [2.5e-4, 1e-3]), ("qwen2.5-7b", [5e-6, 2e-5, 1e-4])],
+    [("full", [1.5e-5, 6e-5, 3e-4]), ("quick", [3.75e-4, 1.5e-3]), ("qwen2.5-7b", [5e-6, 2e-5, 1e-4])],
 )
 def test_rates_are_the_prior_labs_to_the_digit(profile, rates):
     """In `full` three times the prior lab's, for a third of its steps."""

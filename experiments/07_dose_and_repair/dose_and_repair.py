@@ -48,8 +48,6 @@ model = ""  # empty: the profile's
 from dataclasses import replace
 
 from persona_coupling import arms
-from persona_coupling.checkpoints import Checkpoint
-from persona_coupling.stages import Snapshot
 from persona_coupling.stages.dose import Drift, Mixed
 from persona_coupling.study import Design, Observation, Study
 
@@ -67,8 +65,7 @@ for seed in study.seeds:
         arm, tuned = arms.LETTERS[corpus], study.sft(corpus, seed=seed)
         design.observations.append(study.content(arm, tuned, seed=seed, corpora=measured))
         for step in values.steps if corpus in values.corpora else ():
-            last = step == study.profile.sft.steps
-            first: Checkpoint = tuned if last else study.raw.merge(Snapshot(tuned.last_change, step))
+            first = study.sft_until(corpus, step, seed=seed)
             drift = Drift(study.raw, first, asked.everyday, asked.values, study.profile.instruction)
             factors = {"arm": arm, "steps": str(step)}
             design.observations.append(Observation(f"{arm}.step{step}", seed, drift))

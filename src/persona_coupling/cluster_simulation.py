@@ -76,9 +76,7 @@ def corrections(profile: str, folder: Path | None = None) -> dict[str, float]:
         record = outputs.read(path)
         # keys change with the code; the order of a design does not, nor that of the parts that were combined
         parts = [part["seeds"] for part in record.get("parts", [])] or [record["profile"]["seeds"]]
-        designs = [
-            notebooks.design_of(experiment, {"profile": profile, "seeds": part, "model": ""}) for part in parts
-        ]
+        designs = [notebooks.design_of(experiment, {"profile": profile, "seeds": part, "model": ""}) for part in parts]
         stages = list({stage.key: stage for design in designs for stage in design.stages()}.values())
         evaluations = {cell.evaluation.key for design in designs for cell in design.cells}
         kept = list(record["stages"].items())

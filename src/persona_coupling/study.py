@@ -34,6 +34,7 @@ from persona_coupling.stages import (
     FineTune,
     MergeCheck,
     OwnAnswers,
+    Snapshot,
     Twin,
     UltraChat,
     authored,
@@ -210,6 +211,20 @@ class Study:
     def sft(self, corpus: str, *, seed: int, **changes: Any) -> Checkpoint:
         """The raw model after SFT on a corpus."""
         return self.raw.fine_tune(self.corpus(corpus, seed=seed), self.training(self.profile.sft, **changes), seed=seed)
+
+    def sft_until(self, corpus: str, step: int, *, seed: int) -> Checkpoint:
+        """The raw model after the first `step` optimiser steps of `sft`. Raises UserError where the profile's SFT neither
+        ends there nor keeps a snapshot."""
+        tuned, values = self.sft(corpus, seed=seed), self.profile.sft
+        if step == values.steps:
+            return tuned
+        if step not in values.snapshots:
+            raise UserError(
+                f"The SFT of {self.profile.name} keeps snapshots after the steps {list(values.snapshots)} of "
+                f"{values.steps}, and step {step} is asked for. Set [sft] snapshots in the profile, or the steps in the "
+                "experiment's values.toml."
+            )
+        return self.raw.merge(Snapshot(tuned.last_change, step))
 
     def coupling_text(self, model: Checkpoint, *, seed: int) -> CouplingText:
         """Contrastive rows written by `model`: on-policy if it is the one to be coupled, stale if not."""
