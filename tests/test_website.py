@@ -249,7 +249,7 @@ def test_the_landing_page_says_question_answer_values_and_machine(site):
     words = [
         "and why?",
         "It’s lost by adding, not by learning.",
-        "intervals alone would have it: A gate’s own.",
+        "intervals alone would have it: A gate’s.",
         "dose",
         "−86 points",
         "[−100, −39]",
