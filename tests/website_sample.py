@@ -141,7 +141,11 @@ def write(root, profile="quick", stamp=""):
         "experiments": list(titles),
         "claims": CLAIMS,
         "counts": counts,
-        "headline": {"sentences": ["It's lost by adding, not by learning."], "withheld": ["A gate's."], "open": ["dose"]},
+        "headline": {
+            "sentences": ["It's lost by adding, not by learning."],
+            "withheld": ["A gate's."],
+            "open": ["dose"],
+        },
         "profile": {
             "name": profile,
             "stamp": stamp,
