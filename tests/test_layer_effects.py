@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from persona_coupling import adapters, depth_scan, layer_effects, layerwise, measures, personas
-from persona_coupling.errors import UserError
+from persona_coupling import adapters, depth_scan, layer_effects, layerwise, measures, outputs, personas
+from persona_coupling.errors import GuardError, UserError
 from persona_coupling.figures import layers as drawings
 from persona_coupling.layer_effects import ALL, NONE, PAIR, SINGLE, SUBSETS, condition
 from persona_coupling.measures import Estimates
@@ -374,3 +374,30 @@ def test_figures_draw_what_they_return(arms: tuple[str, ...], tmp_path) -> None:
     bars = [bar.get_height() for bar in figure.axes[0].containers[0]]
     shown = data[(data["mode"] == "only") & (data["who"] == "source")]["value"]
     assert bars == pytest.approx(list(shown))
+
+
+def rates(said):
+    """A table of sampled rates of the source: one answer to each of eight questions, `said` of them with the marker."""
+    rows = [
+        {"group": group, "persona": personas.SOURCE, "seed": 0, "question": f"q{i}", "value": float(i < count)}
+        for group, count in said.items()
+        for i in range(8)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_a_resample_without_an_effect_has_no_share_and_leaves_the_interval_finite():
+    scale = layer_effects.SCALES[0]
+    means = layer_effects.JointMeans(rates({"none": 4, "all": 0}), ["none", "all"], scale, "x")
+    effect = np.array([1.0, -1.0])
+    assert (means.draws @ effect == 0).any()
+    whole = means.share(effect, effect)
+    assert (whole.value, whole.low, whole.high) == (1.0, 1.0, 1.0)
+    means = layer_effects.JointMeans(rates({"none": 1, "all": 0}), ["none", "all"], scale, "x")
+    assert means.share(effect, effect).value is None
+
+
+def test_a_number_that_is_none_is_written_nowhere(tmp_path):
+    with pytest.raises(GuardError, match=r"index\.json would hold a number that is none"):
+        outputs.write_json(tmp_path / "index.json", {"low": float("nan")})
+    assert not (tmp_path / "index.json").exists()

@@ -35,6 +35,7 @@ SUBSETS: tuple[Subset, ...] = tuple(s for size in range(len(THIRDS) + 1) for s i
 NONE, ALL = SUBSETS[0], SUBSETS[-1]
 SINGLE, PAIR = SUBSETS[1:4], SUBSETS[4:7]
 TAILS = [(1 - stats.CONFIDENCE) / 2, (1 + stats.CONFIDENCE) / 2]
+ROUNDING = 1e-12  # a difference of means below it is zero
 LEAST_DOUBT = 1e-6  # log-odds are cut where the model is surer than this; cutting earlier would bring a ceiling back
 
 
@@ -96,7 +97,7 @@ def _row(coefficients: Coefficients) -> Float[ndarray, " subsets"]:
 
 def _added(one: Mapping[Subset, float], other: Mapping[Subset, float]) -> Coefficients:
     both = {s: one.get(s, 0.0) + other.get(s, 0.0) for s in SUBSETS}
-    return {s: c for s, c in both.items() if abs(c) > 1e-12}
+    return {s: c for s, c in both.items() if abs(c) > ROUNDING}
 
 
 # -------------------------------------------------------------------------------------------------- estimates
@@ -265,11 +266,18 @@ class JointMeans:
 
     def share(self, top: Float[ndarray, " groups"], bottom: Float[ndarray, " groups"]) -> Estimate:
         """A combination of the means over another; none where the other is not told from zero, since a share of nothing
-        means nothing."""
+        means nothing. A resample in which the other is zero has no share, and counts as beyond both ends."""
         if not self.complete or not self.tells(bottom):
             return self.nothing("proportion")
+        bottoms = self.draws @ bottom
+        none = np.abs(bottoms) < ROUNDING
+        shares = (self.draws @ top) / np.where(none, 1.0, bottoms)
+        low = float(np.quantile(np.where(none, -np.inf, shares), TAILS[0]))
+        high = float(np.quantile(np.where(none, np.inf, shares), TAILS[1]))
+        if not np.isfinite([low, high]).all():
+            return self.nothing("proportion")
         value = float((self.means @ top) / (self.means @ bottom))
-        return self.estimate(value, (self.draws @ top) / (self.draws @ bottom), "proportion")
+        return Estimate(value, low, high, self.n, self.clusters, self.seeds, unit="proportion")
 
     def tells(self, coefficients: Float[ndarray, " groups"]) -> bool:
         """Whether a combination's interval excludes zero."""

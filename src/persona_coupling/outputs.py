@@ -47,8 +47,12 @@ def write(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
-    """Replace a JSON file, indented and with a line's end, as `write` does."""
-    write(path, json.dumps(content, indent=1, ensure_ascii=False, sort_keys=sort_keys) + "\n")
+    """Replace a JSON file, indented and with a line's end, as `write` does. Raises GuardError for a number that is none."""
+    try:
+        text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=sort_keys, allow_nan=False)
+    except ValueError as error:
+        raise GuardError(f"{path.name} would hold a number that is none (NaN or infinite): {error}") from error
+    write(path, text + "\n")
 
 
 def between(text: str, begins: str, ends: str, block: str, where: str) -> str:
