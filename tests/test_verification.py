@@ -354,6 +354,19 @@ def test_an_outcome_on_other_results_is_stale(root):
     assert not mutations.path(PROFILE).exists()
 
 
+@pytest.mark.parametrize(("number", "table"), [(3, "matched"), (4, "log"), (4, "known"), (4, "known_answers")])
+def test_a_row_lost_from_a_table_of_known_length_is_missed(number, table):
+    """Of the repository's own evidence: no planted results have these tables."""
+    experiment, profile = notebooks.discover()[number], profiles.load("quick")
+    stored = observations.read(experiment.name, experiment.results("quick"))[0]
+    design = notebooks.design_of(experiment, {"profile": "quick", "seeds": [], "model": ""})
+    assert observations.complete(stored, profile, design).status == "holds"
+    rows = len(stored.tables[table])
+    stored.tables[table] = stored.tables[table].drop(index=rows - 1)
+    found = observations.complete(stored, profile, design)
+    assert (found.status, f"{table} of" in found.why) == ("fails", True)
+
+
 def test_evidence_of_older_code_is_said_to_be_so(root):
     def said():
         stored = observations.read(NAME, results(root))[0]

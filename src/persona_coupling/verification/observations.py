@@ -13,6 +13,8 @@ import pandas as pd
 from persona_coupling import paths, personas, provenance, score, stats
 from persona_coupling.profiles import Profile
 from persona_coupling.stages import FineTune
+from persona_coupling.stages.behaviours import KnownFacts
+from persona_coupling.stages.full_parameter import MatchedLoss
 from persona_coupling.store import canonical_json, sha256_of
 from persona_coupling.study import Design, collapsed
 from persona_coupling.verification import prediction
@@ -103,6 +105,7 @@ def complete(stored: Stored, profile: Profile, design: Design) -> Finding:
             if name == "completions":
                 faults += _prompts(part, people, where)
     faults += _logs(stored.tables, design)
+    faults += _observed(stored.tables, design)
     for name in set(stored.tables) - {"completions", "fixed", "heldout"}:
         faults += _balanced(name, stored.tables[name], profile)
     return verdict("complete", stored.name, faults, f"{len(cells)} cells")
@@ -127,6 +130,24 @@ def _logs(tables: Mapping[str, pd.DataFrame], design: Design) -> Iterator[str]:
     for name in EVEN & set(tables):
         if len(set(tables[name].groupby(["condition", "seed"]).size())) > 1:
             yield f"{name}: conditions differ in rows"
+
+
+def _observed(tables: Mapping[str, pd.DataFrame], design: Design) -> Iterator[str]:
+    """Tables whose length a stage gives have it: logs, candidates of equal loss, facts and answers about them."""
+    for seen in design.observations:
+        stage, expected = seen.stage, dict[str, int]()
+        if isinstance(stage, FineTune):
+            expected = {"log": stage.training.steps}
+        elif isinstance(stage, MatchedLoss) and isinstance(stage.change, FineTune):
+            expected = {"matched": len(stage.change.training.snapshots) + 1}
+        elif isinstance(stage, KnownFacts):
+            facts = stage.train + stage.evaluation
+            expected = {"known": facts, "known_answers": facts * stage.samples}
+        for name in expected.keys() & tables.keys():
+            table = tables[name]
+            found = int(((table["condition"] == seen.condition) & (table["seed"] == seen.seed)).sum())
+            if found != expected[name]:
+                yield f"{name} of {seen.condition}, seed {seen.seed}: {found} rows, not {expected[name]}"
 
 
 def _prompts(part: pd.DataFrame, people: Mapping[str, str], where: str) -> Iterator[str]:
