@@ -13,7 +13,7 @@ import pytest
 import yaml
 from cluster_stages import Step
 
-from persona_coupling import cli, cluster_bench, cluster_simulation, notebooks
+from persona_coupling import cli, cluster_bench, cluster_simulation, costs, notebooks
 from persona_coupling.cluster_simulation import simulate
 from persona_coupling.errors import UserError
 from persona_coupling.store import in_order
@@ -84,6 +84,13 @@ def test_corrections_need_results_that_follow_the_design(tmp_path):
     assert corrected(stages=doubled) == pytest.approx(2 * corrected())
     with pytest.raises(UserError, match="does not follow the design"):
         corrected(stages=dict(reversed(record["stages"].items())))
+
+
+def test_a_profile_without_results_takes_what_was_measured_for_its_model():
+    measured, stages = costs.read(), notebooks.stages_of("qwen2.5-7b")
+    hours = sum(cost.seconds for stage in stages if (cost := measured.cost(stage)) is not None) / 3600
+    said = re.search(r"`qwen2.5-7b`: .* of a card each; ([\d.]+) hours of cards; \d+ stages as measured", PAGE)
+    assert hours <= float(said[1]) < 1.02 * hours
 
 
 def between(begins, ends):

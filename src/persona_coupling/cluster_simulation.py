@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from persona_coupling import notebooks, outputs, paths, profiles, progress
+from persona_coupling import costs, notebooks, outputs, paths, profiles, progress
 from persona_coupling.errors import UserError
 from persona_coupling.store import Stage
 
@@ -143,22 +143,30 @@ def simulate(stages: Sequence[Stage], seconds: Mapping[str, float], cards: int, 
     return Simulated(cards, places, now, sum(seconds[s.key] for s in stages), tuple(reversed(chain)))
 
 
-def text(costs: str, folder: Path | None = None) -> str:
-    """The tables of all profiles and numbers of cards, as Markdown. `costs` is the profile whose results, stored or in a
-    folder, give the corrections where a profile has no stored ones of its own."""
+def text(source: str, folder: Path | None = None) -> str:
+    """The tables of all profiles and numbers of cards, as Markdown. A profile's seconds are those of its own stored
+    results, else those measured for its model (`costs.read`), else the first guesses, corrected by the results, stored or
+    in a folder, of the profile `source`."""
     lines = []
+    known = costs.read()
     for profile in PROFILES:
         own = folder is None and bool(notebooks.stored(profile))
-        source = profile if own else costs
-        factors = corrections(source, folder)
+        measured = known if known is not None and not own and known.of(profiles.load(profile).model) else None
+        factors = corrections(profile if own else source, folder)
+        said = f"corrections from the results of `{profile if own else source}`"
         speeds, stages = speeds_of(profile, "cuda"), notebooks.stages_of(profile)
         seconds = {s.key: speeds.seconds(s) * factors.get(type(s).__name__, 1.0) for s in stages}
+        if measured is not None:
+            found = {stage.key: cost.seconds for stage in stages if (cost := measured.cost(stage)) is not None}
+            seconds |= found
+            rest = sum(s for key, s in seconds.items() if key not in found) / 3600
+            said = f"{len(found)} stages as measured ({measured.device}), the rest, {rest:.1f} hours, with {said}"
         share = profiles.load(profile).cluster.gpus
         loading = sum(stage.kind not in ("rows", "model") for stage in stages)
         gigabytes = 2 * progress.parameters_ratio(profiles.load(profile).model) * 0.135
         lines += [
             f"`{profile}`: {len(stages)} stages, {share:g} of a card each; {sum(seconds.values()) * share / 3600:.1f} hours "
-            f"of cards; corrections from the results of `{source}`.",
+            f"of cards; {said}.",
             "",
             "| cards | hours | idle | longest chain, hours | reading weights, GB/s | what bounds it |",
             "|---:|---:|---:|---:|---:|---|",
