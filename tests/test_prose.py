@@ -74,7 +74,7 @@ def test_the_readme_is_rewritten_between_its_comments_only(tmp_path, monkeypatch
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{prose.README_BEGINS}\nold\n{prose.README_ENDS}\nafter\n")
     profile = {"name": "quick", "seeds": [0], "model": {"name": "M"}, "sft": {"steps": 8}}
-    index = {"profile": profile, "fewer_seeds": {}, "earlier": None, "counts": {"uninterpretable": 0}}
+    index = {"profile": profile, "fewer_seeds": {}, "earlier": None, "repeat": None, "counts": {"uninterpretable": 0}}
     said = {"sentences": ["It breaks."], "withheld": [], "open": ["why"]}
     prose.write_readme({**index, "headline": said})
     text = readme.read_text()
@@ -102,6 +102,9 @@ def test_the_readme_is_rewritten_between_its_comments_only(tmp_path, monkeypatch
     assert "1 seed, 1 seed in 04 and 05)" in text
     assert "at 9 steps of fine-tuning" in text
     assert "left 1 of 2 unreadable, here 0. The dose, now 8 steps" in text
+    again = {"agree": 1, "differ": ["b"], "claims": [{"verdict": "refuted"}, {"verdict": "refuted"}]}
+    prose.write_readme({**index, "headline": said, "repeat": again})
+    assert "run twice, the first time by older code: 1 of 2 verdicts are the same, all but `b`." in readme.read_text()
     readme.write_text("no comments")
     with pytest.raises(GuardError, match="lacks the comments"):
         prose.write_readme({**index, "headline": said})
@@ -110,17 +113,3 @@ def test_the_readme_is_rewritten_between_its_comments_only(tmp_path, monkeypatch
 def test_the_repositorys_readme_has_the_comments():
     text = (paths.repository() / "README.md").read_text(encoding="utf-8")
     assert text.index(prose.README_BEGINS) < text.index(prose.README_ENDS)
-
-
-def test_an_earlier_run_speaks_of_the_same_claims_or_of_none(tmp_path, monkeypatch):
-    monkeypatch.setenv("PERSONA_COUPLING_ROOT", str(tmp_path))
-    rows = [{"id": "a", "statement": "It breaks."}]
-    assert prose.earlier("full", rows) is None
-    (tmp_path / "paper").mkdir()
-    path = tmp_path / "paper" / "earlier-full.json"
-    path.write_text(json.dumps({"steps": 9, "claims": [{"id": "a", "statement": "It breaks."}]}))
-    assert prose.earlier("full", rows)["steps"] == 9
-    assert prose.earlier("quick", rows) is None
-    path.write_text(json.dumps({"steps": 9, "claims": [{"id": "a", "statement": "It bends."}]}))
-    with pytest.raises(GuardError, match="a is not the claim that it was"):
-        prose.earlier("full", rows)

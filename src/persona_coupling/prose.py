@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import claims, models, notebooks, outputs, paths, personas, profiles, score, stats
+from persona_coupling import claims, earlier, models, notebooks, outputs, paths, personas, profiles, score, stats
 from persona_coupling.errors import GuardError, UserError
 
 README_BEGINS = "<!-- headline: written by `nox -s paper` from the verdicts; do not edit by hand -->"
@@ -82,17 +82,27 @@ def with_headline(text: str, index: Mapping[str, Any]) -> str:
 
 
 def _before(index: Mapping[str, Any]) -> list[str]:
-    """A sentence on an earlier run of the same claims, if there was one."""
-    found = index["earlier"]
+    """Sentences on runs of the same claims that came before, if there were any."""
+    said, found, again = [], index["earlier"], index["repeat"]
+    if again is not None:
+        said.append(
+            f"The same seeds were run twice, the first time by older code: {again['agree']} of {len(again['claims'])} "
+            f"verdicts are the same{_but(again['differ'])}."
+        )
     if found is None:
-        return []
+        return said
     unread, now = sum(r["verdict"] == "uninterpretable" for r in found["claims"]), index["counts"]["uninterpretable"]
     return [
+        *said,
         f"The same claims had been tested before, at {found['steps']} steps of fine-tuning and with other seeds: there "
         f"gates left {unread} of {len(found['claims'])} unreadable, here {now}. The dose, now "
         f"{index['profile']['sft']['steps']} steps, was chosen by the gate that most of them failed; claims and gates "
-        "stayed as they were, and the paper's appendix sets both runs side by side."
+        "stayed as they were, and the paper's appendix sets these runs side by side."
     ]
+
+
+def _but(ids: Sequence[str]) -> str:
+    return f", all but {', '.join(f'`{name}`' for name in ids)}" if ids else ""
 
 
 def _fewer(index: Mapping[str, Any]) -> str:
@@ -163,20 +173,6 @@ def carried(card: Mapping[str, Any]) -> str:
     return how + off + date
 
 
-def earlier(profile: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """What an earlier run of the same claims gave under a profile that was since designed anew, from
-    `paper/earlier-<profile>.json`; None where there was none. Raises GuardError where it speaks of another claim."""
-    path = paths.repository() / "paper" / f"earlier-{profile}.json"
-    if not path.is_file():
-        return None
-    found: dict[str, Any] = outputs.read(path)
-    now = {row["id"]: row["statement"] for row in rows}
-    for row in found["claims"]:
-        if now.get(row["id"]) != row["statement"]:
-            raise GuardError(f"{path.name}: {row['id']} is not the claim that it was")
-    return found
-
-
 def _minutes(contents: Iterable[dict[str, Any]]) -> float:
     """Minutes of compute behind all experiments; an artifact that several share counts once."""
     stages: dict[str, float] = {}
@@ -226,7 +222,7 @@ def write_index(folder: Path) -> dict[str, Any]:
         "gates": [{**g, "experiment": n} for n, content in experiments.items() for g in content["gates"]],
         "profile": run[0] if run else {},
         "fewer_seeds": {name: own for name, own in seeds.items() if own != everyone},
-        "earlier": earlier(folder.name, rows),
+        **{kind: earlier.read(kind, folder.name, rows) for kind in earlier.KINDS},
         "values": {name: content["values"] for name, content in experiments.items() if content.get("values")},
         "provenance": {name: content["provenance"] for name, content in experiments.items()},
         "compute_minutes": _minutes(experiments.values()),

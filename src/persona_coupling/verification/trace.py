@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import paths
+from persona_coupling import earlier, paths
 from persona_coupling.verification.findings import Finding, verdict
 
 TOKEN = re.compile(r"[−-]?\d+(?:\.\d+)?")
@@ -71,8 +71,9 @@ def sources(profile: str) -> Sources:
             for found in content.get("estimates", {}).values():
                 _take_estimate(made, found)
     index = json.loads((paths.generated(profile) / "index.json").read_text(encoding="utf-8"))
-    for row in (index.get("earlier") or {}).get("claims", []):
-        _take_estimate(made, row)
+    for kind in earlier.KINDS:
+        for row in (index.get(kind) or {}).get("claims", []):
+            _take_estimate(made, row)
     for number in computed(index):
         made.numbers |= {fixed(number, 0), fixed(number, 1)}
     noise = paths.generated(profile) / "noise_floor.json"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import notebooks, paths, processes, profiles, prose
+from persona_coupling import earlier, notebooks, paths, processes, profiles, prose
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.profiles import Profile
 from persona_coupling.verification import observations, redrawing, seal, trace
@@ -110,6 +110,15 @@ def check_pdf(profile: str) -> Finding:
     return verdict("pdf", pdf.name, [] if same else ["compiled again it has other bytes"], "byte for byte")
 
 
+def check_earlier(profile: str) -> Finding:
+    """Whether the runs that the paper sets beside this copy's are what the commits hold that it names for them."""
+    kept = [kind for kind in earlier.KINDS if earlier.path(kind, profile).is_file()]
+    wrong, compared = earlier.faults(profile)
+    if not wrong and compared < len(kept):
+        return Finding("earlier", "runs before", "skipped", "git does not have their commits here")
+    return verdict("earlier", "runs before", wrong, f"{compared} as their commits hold them")
+
+
 def check_mutations(profile: str, records: dict[str, Any]) -> Finding:
     """Whether the verifier's own test, if the paper prints one, was made on these results."""
     path = paths.generated(profile) / "mutations.json"
@@ -136,6 +145,7 @@ def across(what: str, profile: str) -> Examined:
             guarded(lambda: observations.commits(records), "history"),
             guarded(lambda: observations.shared(stored, noise_floor(profile)[0]), "evaluations"),
             guarded(lambda: check_mutations(profile, records), "mutations.json"),
+            guarded(lambda: check_earlier(profile), "runs before"),
         ]
     return Examined(what, found, seconds=time.monotonic() - started)
 

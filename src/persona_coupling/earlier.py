@@ -1,0 +1,104 @@
+"""Runs of the same claims that came before this copy's, and are set beside it in the paper's appendix.
+
+`paper/earlier-<profile>.json` is a run of other seeds under a profile that was since designed anew;
+`paper/repeat-<profile>.json` one of the same profile and seeds by the code of its time. Each is a copy of the verdicts in
+the index that a commit of this repository holds, made by
+
+    python -m persona_coupling.earlier repeat COMMIT --profile full
+
+and `nox -s verify` compares it with that commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from persona_coupling import outputs, paths, provenance
+from persona_coupling.errors import GuardError, UserError
+
+KINDS = ("earlier", "repeat")
+KEPT = ("id", "statement", "value", "low", "high", "verdict", "why")
+
+
+def path(kind: str, profile: str) -> Path:
+    """Where a run's verdicts are kept."""
+    return paths.repository() / "paper" / f"{kind}-{profile}.json"
+
+
+def read(kind: str, profile: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What such a run gave, beside this copy's judged claims (`rows`); None where there was none. A repeat is counted up:
+    verdicts that `agree`, ids of those that `differ`, and values now within the interval of then. Raises GuardError where
+    it speaks of another claim."""
+    place = path(kind, profile)
+    if not place.is_file():
+        return None
+    found: dict[str, Any] = outputs.read(place)
+    now = {row["id"]: row for row in rows}
+    for old in found["claims"]:
+        if now.get(old["id"], {}).get("statement") != old["statement"]:
+            raise GuardError(f"{place.name}: {old['id']} is not the claim that it was")
+    if kind == "earlier":
+        return found
+    pairs = [(old, now[old["id"]]) for old in found["claims"]]
+    measured = [(a, b) for a, b in pairs if None not in (a["low"], a["high"], b["value"])]
+    return found | {
+        "agree": sum(a["verdict"] == b["verdict"] for a, b in pairs),
+        "differ": [a["id"] for a, b in pairs if a["verdict"] != b["verdict"]],
+        "measured": len(measured),
+        "within": sum(a["low"] <= b["value"] <= a["high"] for a, b in measured),
+    }
+
+
+def of_commit(commit: str, profile: str) -> dict[str, Any] | None:
+    """The verdicts that a commit's index holds, with its seeds and SFT steps and the devices and commits that made them;
+    None where git cannot tell."""
+    index = provenance.git("show", f"{commit}:paper/generated/{profile}/index.json")
+    if index is None:
+        return None
+    content = json.loads(index)
+    return {
+        "commit": commit,
+        "seeds": content["profile"]["seeds"],
+        "steps": content["profile"]["sft"]["steps"],
+        "claims": [{name: row[name] for name in KEPT} for row in content["claims"]],
+        "made_by": {
+            what: provenance.distinct(content["provenance"].values(), what) for what in ("commit", "device", "made")
+        },
+    }
+
+
+def faults(profile: str) -> tuple[list[str], int]:
+    """Where a kept run is not what its commit holds, and how many runs could be compared; git may lack old commits."""
+    wrong, compared = [], 0
+    for kind in KINDS:
+        place = path(kind, profile)
+        if not place.is_file():
+            continue
+        kept = outputs.read(place)
+        there = of_commit(kept["commit"], profile)
+        if there is None:
+            continue
+        compared += 1
+        wrong += [f"{place.name} differs in {name} from {kept['commit']}" for name in kept if kept[name] != there.get(name)]
+    return wrong, compared
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Keep a commit's verdicts. Raises UserError for a commit without an index of that profile."""
+    parser = argparse.ArgumentParser(prog="persona_coupling.earlier", description=main.__doc__)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("commit")
+    parser.add_argument("--profile", default="full")
+    asked = parser.parse_args(arguments)
+    found = of_commit(asked.commit, asked.profile)
+    if found is None:
+        raise UserError(f"git has no paper/generated/{asked.profile}/index.json at {asked.commit}.")
+    outputs.write_json(path(asked.kind, asked.profile), found)
+
+
+if __name__ == "__main__":
+    main()

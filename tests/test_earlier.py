@@ -1,0 +1,88 @@
+"""Runs of the same claims that came before, set beside this copy's, and held against the commits that they are from."""
+
+import json
+
+import pytest
+
+from persona_coupling import earlier, outputs, provenance
+from persona_coupling.errors import GuardError, UserError
+from persona_coupling.verification import verify
+
+NOW = [
+    {"id": "a", "statement": "It breaks.", "value": 0.5, "verdict": "supported"},
+    {"id": "b", "statement": "It bends.", "value": 0.9, "verdict": "refuted"},
+    {"id": "c", "statement": "It was not seen.", "value": None, "verdict": "not run"},
+]
+THEN = [
+    {"id": "a", "statement": "It breaks.", "value": 0.4, "low": 0.3, "high": 0.6, "verdict": "supported", "why": ""},
+    {"id": "b", "statement": "It bends.", "value": 0.4, "low": 0.3, "high": 0.6, "verdict": "supported", "why": ""},
+    {
+        "id": "c",
+        "statement": "It was not seen.",
+        "value": None,
+        "low": None,
+        "high": None,
+        "verdict": "not run",
+        "why": "",
+    },
+]
+INDEX = {
+    "profile": {"seeds": [2], "sft": {"steps": 9}},
+    "claims": [{**row, "more": 1} for row in THEN],
+    "provenance": {"00_x": {"commit": "abc / def", "device": "a card", "made": "then"}},
+}
+
+
+@pytest.fixture
+def there(tmp_path, monkeypatch):
+    """A repository whose git knows one commit with an index."""
+    monkeypatch.setenv("PERSONA_COUPLING_ROOT", str(tmp_path))
+    (tmp_path / "paper").mkdir()
+
+    def git(*arguments):
+        return json.dumps(INDEX) if arguments == ("show", "abc:paper/generated/full/index.json") else None
+
+    monkeypatch.setattr(provenance, "git", git)
+    return tmp_path / "paper"
+
+
+def test_where_nothing_came_before_nothing_is_set_beside(there):
+    assert {earlier.read(kind, "full", NOW) for kind in earlier.KINDS} == {None}
+    assert verify.check_earlier("full").status == "holds"
+
+
+def test_a_commits_verdicts_are_kept_and_counted_up(there):
+    earlier.main(["repeat", "abc"])
+    found = earlier.read("repeat", "full", NOW)
+    assert found["claims"] == THEN
+    assert found["made_by"] == {"commit": ["abc", "def"], "device": ["a card"], "made": ["then"]}
+    assert (found["seeds"], found["steps"]) == ([2], 9)
+    assert (found["agree"], found["differ"], found["measured"], found["within"]) == (2, ["b"], 2, 1)
+    assert earlier.read("repeat", "quick", NOW) is None
+    assert earlier.read("earlier", "full", NOW) is None
+    assert "1 as their commits hold them" in verify.check_earlier("full").why
+
+
+def test_a_run_of_other_claims_is_refused(there):
+    earlier.main(["earlier", "abc"])
+    with pytest.raises(GuardError, match="earlier-full.json: b is not the claim that it was"):
+        earlier.read("earlier", "full", [NOW[0], {**NOW[1], "statement": "It mends."}, NOW[2]])
+    with pytest.raises(GuardError, match="a is not the claim that it was"):
+        earlier.read("earlier", "full", NOW[1:])
+
+
+def test_a_commit_without_an_index_is_named(there):
+    with pytest.raises(UserError, match=r"no paper/generated/full/index.json at nowhere"):
+        earlier.main(["repeat", "nowhere"])
+
+
+def test_a_changed_verdict_of_then_is_found(there):
+    earlier.main(["repeat", "abc"])
+    path = earlier.path("repeat", "full")
+    kept = outputs.read(path)
+    kept["claims"][1]["verdict"] = "refuted"
+    outputs.write_json(path, kept)
+    assert verify.check_earlier("full").status == "fails"
+    assert "repeat-full.json differs in claims from abc" in verify.check_earlier("full").why
+    outputs.write_json(path, {**kept, "commit": "gone"})
+    assert verify.check_earlier("full").status == "skipped"
