@@ -65,7 +65,7 @@ def test_a_commits_verdicts_are_kept_and_counted_up(there):
 
 def test_a_run_of_other_claims_is_refused(there):
     earlier.main(["earlier", "abc"])
-    with pytest.raises(GuardError, match="earlier-full.json: b is not the claim that it was"):
+    with pytest.raises(GuardError, match=r"earlier-full\.json: b is not the claim that it was"):
         earlier.read("earlier", "full", [NOW[0], {**NOW[1], "statement": "It mends."}, NOW[2]])
     with pytest.raises(GuardError, match="a is not the claim that it was"):
         earlier.read("earlier", "full", NOW[1:])

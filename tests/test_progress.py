@@ -1,22 +1,19 @@
 """Estimates and the run over missing stages, with costs worked out by hand."""
 
 import json
-import os
 import shutil
 import time
 from collections import namedtuple
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import torch
 
-from persona_coupling import machine, processes, progress
+from persona_coupling import machine, progress
 from persona_coupling.errors import UserError
 from persona_coupling.profiles import ModelValues
 from persona_coupling.progress import Speeds
-from persona_coupling.store import Lab, Stage, Store, Work, in_order
+from persona_coupling.store import Stage, Store, Work, in_order
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -160,157 +157,3 @@ def test_a_stage_that_another_process_made_is_not_learnt_from(store, speeds, tmp
 def test_running_lab_builds(store):
     lab = progress.running_lab(store, "cpu")
     assert (lab.folder(Job("a")) / "done").is_file()
-
-
-@dataclass(frozen=True)
-class Broken(Stage):
-    kind: ClassVar[str] = "job"
-
-    def build(self, folder, lab):
-        raise UserError("mend this")
-
-
-def test_workers_build_parents_first_and_each_once(store, speeds):
-    stages = chain()
-    progress.build(progress.plan(stages, store, speeds), store, "cpu", speeds, workers=2)
-    times = {s.name: int((store.folder(s) / "done").read_text()) for s in stages}
-    assert times["first"] < min(times["second"], times["third"])
-
-
-def test_an_error_in_a_worker_stops_the_run_and_keeps_what_is_finished(store, speeds):
-    """One worker's error is the run's, with its own message; what rests on nothing broken and was made is kept."""
-    child = Job("child", Broken())
-    planned = progress.plan([Job("a"), *in_order([child])], store, speeds)
-    with pytest.raises(UserError, match="mend this"):
-        progress.build(planned, store, "cpu", speeds, workers=2)
-    assert store.has(Job("a"))
-    assert not store.has(child)
-
-
-@dataclass(frozen=True)
-class Cell(Stage):
-    """A stage that can be built together with others of its base; member 13 fails."""
-
-    member: int
-    parent: Stage | None = None
-    base: str = "one"
-    kind: ClassVar[str] = "job"
-
-    def build(self, folder, lab):
-        (folder / "done").write_text("alone")
-        return {"how": "alone"}
-
-    def stack_key(self):
-        return self.base
-
-    @staticmethod
-    def build_together(stages, folders, lab):
-        for folder in folders:
-            (folder / "done").write_text(" ".join(sorted(str(s.member) for s in stages)))
-        return [UserError("unlucky") if s.member == 13 else {"how": f"x{len(stages)}"} for s in stages]
-
-
-def members(made):
-    return [[getattr(s, "member", s) for s in group] for group in made]
-
-
-def test_cells_that_are_ready_are_grouped():
-    cells = [Cell(n) for n in range(5)] + [Cell(9, base="other")]
-    assert members(progress.groups(cells, [], 4)) == [[0, 1, 2, 3]], "one stack at a time, the largest"
-    assert members(progress.groups(cells, [], 1)) == [[0], [1], [2], [3], [4], [9]]
-    job = Job("a")
-    assert members(progress.groups([*cells, job], [Cell(7)], 4)) == [[job]], "a stack is running"
-
-
-def test_a_stack_waits_for_those_who_come_soon():
-    """For cells that wait for a job, not for those that wait for another cell; a full stack waits for nobody."""
-    job = Job("a")
-    soon, late = Cell(1, job), Cell(2, Cell(0))
-    assert members(progress.groups([Cell(0), soon, job], [], 4)) == [[job]]
-    assert members(progress.groups([Cell(0), soon], [job], 4)) == []
-    assert members(progress.groups([Cell(0), late], [], 4)) == [[0]]
-    assert members(progress.groups([Cell(0), Cell(3), soon], [job], 2)) == [[0, 3]]
-
-
-def test_stacks_are_built_in_workers_and_a_failing_member_is_alone(store, speeds):
-    """Cells 0, 1 and 13 in one stack; what rests on a finished cell follows, and the error is the run's."""
-    cells = [Cell(0), Cell(1), Cell(13)]
-    late = Cell(4, cells[0])
-    stages = in_order([*cells, late, Job("a")])
-    with pytest.raises(UserError, match="unlucky"):
-        progress.build(progress.plan(stages, store, speeds), store, "cpu", speeds, workers=2, stack=4)
-    assert [store.has(stage) for stage in (*cells, late, Job("a"))] == [True, True, False, True, True]
-    assert store.manifest(cells[0])["provenance"]["how"] == "x3"
-    assert (store.folder(cells[1]) / "done").read_text() == "0 1 13"
-    assert store.manifest(late)["provenance"]["how"] == "alone"
-
-
-@dataclass(frozen=True)
-class Threads(Stage):
-    """Writes how many threads its worker's BLAS may start."""
-
-    name: str
-    kind: ClassVar[str] = "threads"
-
-    def build(self, folder, lab):
-        (folder / "blas").write_text(os.environ.get(processes.BLAS[0], "unset"), encoding="utf-8")
-
-
-def test_workers_share_the_cores_out_to_their_blas(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    monkeypatch.setenv(processes.BLAS[0], "64")
-    store, stages = Store(tmp_path / "store"), [Threads("a"), Threads("b")]
-    speeds = progress.Speeds(store.root, "cpu")
-    progress.build(progress.plan(stages, store, speeds), store, "cpu", speeds, workers=2)
-    assert [(store.folder(stage) / "blas").read_text() for stage in stages] == ["3", "3"]
-    assert os.environ[processes.BLAS[0]] == "64"
-
-
-@dataclass(frozen=True)
-class Crowded(Stage):
-    """Finds the card full so many times; every try is counted in a file."""
-
-    tries: str
-    times: int
-    words: str = ""  # of CUDA; none: torch's own error
-    together: bool = False
-    kind: ClassVar[str] = "crowded"
-
-    def stack_key(self):
-        return "crowded" if self.together else None
-
-    @staticmethod
-    def build_together(stages, folders, lab):
-        return [RuntimeError(stage.words) for stage in stages]
-
-    def build(self, folder, lab):
-        with open(self.tries, "a", encoding="utf-8") as handle:
-            handle.write("x")
-        if len(Path(self.tries).read_text(encoding="utf-8")) <= self.times:
-            raise RuntimeError(self.words) if self.words else torch.OutOfMemoryError("out of memory")
-
-
-CAPTURING = "CUDA error: operation not permitted when stream is capturing"
-
-
-@pytest.mark.parametrize("words", ["", "CUDA error: out of memory", CAPTURING], ids=["torch", "cuda", "captured"])
-@pytest.mark.parametrize(("times", "made"), [(0, True), (2, True), (progress.PATIENCE, False)])
-def test_a_full_card_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, times, made, words):
-    monkeypatch.setattr(progress, "WAIT", 0.0)
-    lab, stage = Lab(Store(tmp_path / "store")), Crowded(str(tmp_path / "tries"), times, words)
-    if made:
-        progress._patiently(lab, stage)
-    else:
-        with pytest.raises(RuntimeError, match=words or "out of memory"):
-            progress._patiently(lab, stage)
-    assert lab.store.has(stage) == made
-    assert len((tmp_path / "tries").read_text()) == min(times + 1, progress.PATIENCE)
-
-
-@pytest.mark.parametrize("words", [CAPTURING, "another error"])
-def test_members_of_a_stack_that_found_the_card_full_are_made_alone(tmp_path, words):
-    stages = [Crowded(str(tmp_path / f"tries{i}"), 0, words, together=True) for i in range(2)]
-    _, errors = progress._make(stages, tmp_path / "store", "cpu")
-    made = [Store(tmp_path / "store").has(stage) for stage in stages]
-    assert made == [words == CAPTURING] * 2
-    assert len(errors) == (0 if words == CAPTURING else 2)

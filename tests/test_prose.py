@@ -1,7 +1,5 @@
 """The headline: chosen by verdicts, by nothing else."""
 
-import json
-
 import pytest
 
 from persona_coupling import claims, paths, prose

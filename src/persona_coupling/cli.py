@@ -292,7 +292,9 @@ def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[noteboo
     workers = arguments.workers or (settings.workers if run.speeds.ratio < progress.LARGE else 1)
     stack = settings.stack if run.speeds.stacked else 1
     with tuned(train_tokens=settings.train_tokens, sample_batch=settings.sample_batch):
-        progress.build(run.plan, run.store, settings.device, run.speeds, workers=workers, stack=stack)
+        progress.build(
+            run.plan, run.store, settings.device, run.speeds, workers=workers, stack=stack, stacks=settings.stacks
+        )
     return run.parameters, run.experiments
 
 

@@ -26,7 +26,8 @@ from persona_coupling.cluster_nodes import Nodes, Order, Outcome, here, identity
 from persona_coupling.cluster_store import Exchange, ExchangeError, TravellingStore
 from persona_coupling.errors import UserError
 from persona_coupling.profiles import ClusterValues
-from persona_coupling.progress import Plan, Speeds, likeness
+from persona_coupling.progress import Plan, Speeds
+from persona_coupling.side_by_side import likeness
 from persona_coupling.store import Lab, Stage, Store
 
 ORPHAN = "a parent failed"

@@ -83,7 +83,9 @@ def faults(profile: str) -> tuple[list[str], int]:
         if there is None:
             continue
         compared += 1
-        wrong += [f"{place.name} differs in {name} from {kept['commit']}" for name in kept if kept[name] != there.get(name)]
+        wrong += [
+            f"{place.name} differs in {name} from {kept['commit']}" for name in kept if kept[name] != there.get(name)
+        ]
     return wrong, compared
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from persona_coupling.errors import UserError
 
 SMALL = 1_000_000_000  # parameters of what counts as a small model
+STACKS = 1  # stacks that are trained side by side on a GPU
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Machine:
     workers: int = 1  # stages of small models that are built side by side
     score_tokens: int = 4_096  # upper bound of padded tokens per scoring forward
     stack: int = 1  # small-model cells trained together on one base (`captured`); 1: TRL, each alone
+    stacks: int = 1  # of such groups at a time
     exact: bool = False  # small models are measured, and trained by TRL, in fp32 all the same
 
     @property
@@ -104,6 +106,6 @@ def _usual(device: str | None) -> Machine:
         scored = 16_384
         stack = max(1, min(16, int(gigabytes / 5)))  # a cell of 135M in a stack takes 1.7 GB; others sample meanwhile
         train = 16_384 if large else 4_096
-        return Machine(device, True, "sdpa", batch, 1_024, train, workers, scored, stack, exact=True)
+        return Machine(device, True, "sdpa", batch, 1_024, train, workers, scored, stack, STACKS, exact=True)
     # eager attention: SDPA's CPU backward costs 15 % of a step
     return Machine("cpu", cpu_has_fast_bf16(), "eager", 128, 32, 4_096)

@@ -25,6 +25,7 @@ CONTROL = "nvidia-cuda-mps-control"
 PLACES = ("/usr/local/nvidia/bin", "/usr/local/cuda/bin")  # where images keep it outside of PATH
 PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 LOGS = "CUDA_MPS_LOG_DIRECTORY"
+PRIORITY = "CUDA_MPS_CLIENT_PRIORITY"  # 0: normal, 1: below; read when a process first uses the card
 PATIENCE = 5.0  # seconds for the service to listen, and to end
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux' prctl
@@ -57,6 +58,11 @@ def service(device: str, workers: int, say: Callable[[str], object] = lambda _li
         yield False
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def give_way() -> None:
+    """From now on, if this process has not used the card yet, its kernels are started behind those of other clients."""
+    os.environ[PRIORITY] = "1"
 
 
 def _by_name() -> str:

@@ -23,11 +23,11 @@ def threads(workers: int) -> int:
 
 @contextmanager
 def pool(
-    workers: int, initializer: Callable[..., None] | None = None, initargs: tuple[Any, ...] = ()
+    workers: int, initializer: Callable[..., None] | None = None, initargs: tuple[Any, ...] = (), *, beside: int = 0
 ) -> Iterator[ProcessPoolExecutor]:
-    """So many fresh processes, each with its share of the cores for linear algebra."""
+    """So many fresh processes, each with its share of the cores for linear algebra; `beside` more work next to them."""
     with (
-        environment(dict.fromkeys(BLAS, str(threads(workers)))),
+        environment(dict.fromkeys(BLAS, str(threads(workers + beside)))),
         ProcessPoolExecutor(workers, mp_context=SPAWN, initializer=initializer, initargs=initargs) as made,
     ):
         yield made

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_coupling import memory, mps, processes
+from persona_coupling import memory, side_by_side
 from persona_coupling.errors import UserError
 from persona_coupling.machine import cpu_has_fast_bf16
 from persona_coupling.store import Lab, Stage, Store, Work
@@ -29,9 +27,6 @@ SPEEDS = {
 }
 LARGE = 5  # times SmolLM2-135M: from here on a model fills the card alone
 STACKED = 60_000.0  # trained tokens per second of a stack on one H100, its preparation included
-TICK = 1.0  # seconds between looks at the workers
-PATIENCE, WAIT = 4, 5.0  # tries of a stage that found the card full, and seconds between them
-REPORTS: Any = None  # in a worker: the queue to the builder's bar
 MEMORY = 0.3  # weight of a new observation in the running correction
 
 
@@ -167,9 +162,12 @@ def running_lab(store: Store, device: str) -> Lab:
     return Lab(store, device=device, report=report, say=bar.write)
 
 
-def build(planned: Plan, store: Store, device: str, speeds: Speeds, *, workers: int = 1, stack: int = 1) -> None:
+def build(
+    planned: Plan, store: Store, device: str, speeds: Speeds, *, workers: int = 1, stack: int = 1, stacks: int = 1
+) -> None:
     """Build what is missing, parents first, under one bar: expected seconds done, stages done, ETA. `stack` is the most
-    stages that are built together where they can be; above 1 they are built in processes of their own."""
+    stages that are built together where they can be, above 1 in processes of their own, `stacks` the most such groups at
+    a time."""
     from tqdm import tqdm
 
     if not planned.missing:
@@ -183,7 +181,9 @@ def build(planned: Plan, store: Store, device: str, speeds: Speeds, *, workers: 
         if workers == stack == 1:
             _one_by_one(planned.missing, costs, store, device, speeds, bar)
         else:
-            _side_by_side(planned.missing, costs, store, device, speeds, bar, workers, stack)
+            side_by_side.build(
+                planned.missing, costs, store, device, speeds, bar, workers=workers, stack=stack, stacks=stacks
+            )
     print(f"{len(planned.missing)} stages made.")
 
 
@@ -206,156 +206,3 @@ def _one_by_one(
             memory.release()
         done += expected
         bar.update(done - bar.n)
-
-
-def _side_by_side(
-    missing: list[Stage],
-    costs: dict[str, float],
-    store: Store,
-    device: str,
-    speeds: Speeds,
-    bar: Any,
-    workers: int,
-    stack: int,
-) -> None:
-    """Stages whose parents are made go to a pool of processes, the longest ready ones first, in groups of up to `stack`
-    where they can be built together. When one fails, whatever does not rest on it is still built; then the first error
-    is raised."""
-    waiting = {stage.key: stage for stage in missing}
-    running: dict[Any, list[Stage]] = {}
-    failed: dict[str, BaseException] = {}
-    shares: dict[str, float] = {}  # of running groups, by the key of their first stage
-    done = 0.0
-    reports = processes.SPAWN.Queue()
-    start = (workers, reports, device)
-    with mps.service(device, workers, bar.write), processes.pool(workers, _start_worker, start) as pool:
-        try:
-            while waiting or running:
-                for stage in [s for s in waiting.values() if any(parent.key in failed for parent in s.parents())]:
-                    failed[stage.key] = RuntimeError("a parent failed")
-                    del waiting[stage.key]
-                under_way = [stage for group in running.values() for stage in group]
-                ready = groups(list(waiting.values()), under_way, stack)
-                ready.sort(key=lambda group: -sum(costs[stage.key] for stage in group))
-                for group in ready[: workers - len(running)]:
-                    for stage in group:
-                        del waiting[stage.key]
-                    running[pool.submit(_make, group, store.root, device)] = group
-                finished, _ = wait(running, timeout=TICK, return_when=FIRST_COMPLETED)
-                while not reports.empty():
-                    key, fraction = reports.get()
-                    shares[key] = fraction
-                for future in finished:
-                    group = running.pop(future)
-                    broken = future.exception()
-                    seconds, errors = future.result() if broken is None else (0.0, {s.key: broken for s in group})
-                    for stage in group:
-                        if stage.key in errors:
-                            failed[stage.key] = errors[stage.key]
-                            bar.write(f"{stage} failed: {errors[stage.key]}")
-                        else:
-                            speeds.observe(stage, seconds / len(group))
-                        done += costs[stage.key]
-                part = sum(shares.get(g[0].key, 0.0) * sum(costs[s.key] for s in g) for g in running.values())
-                bar.update(done + part - bar.n)
-                left = sum(len(group) for group in running.values())
-                made = len(missing) - len(waiting) - left - len(failed)
-                bar.set_description_str(f"{made}/{len(missing)} {left} running", refresh=False)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    if failed:
-        raise next(iter(failed.values()))
-
-
-def groups(waiting: list[Stage], under_way: list[Stage], stack: int) -> list[list[Stage]]:
-    """What of `waiting` can be started now, in groups that are built together.
-
-    One stack fills the card, so no second one starts beside it: cells that become ready meanwhile join the next. Nor does
-    one start that is not full while others that could join wait only for stages that are no cells themselves. Cells with
-    the same rows and seed see batches of the same lengths, so they go into one stack before others do.
-    """
-    undone = {stage.key: stage for stage in (*waiting, *under_way)}
-
-    def rests_on(stage: Stage) -> list[Stage]:
-        return [parent for parent in stage.parents() if parent.key in undone]
-
-    def stacked(stage: Stage) -> bool:
-        return stack > 1 and stage.stack_key() is not None
-
-    def soon(stage: Stage) -> bool:
-        return not any(stacked(parent) or not soon(parent) for parent in rests_on(stage))
-
-    ready = [stage for stage in waiting if not rests_on(stage)]
-    alone = [[stage] for stage in ready if not stacked(stage)]
-    if any(stacked(stage) for stage in under_way):
-        return alone
-    together: dict[Any, list[Stage]] = {}
-    for stage in sorted((s for s in ready if stacked(s)), key=likeness):
-        together.setdefault(stage.stack_key(), []).append(stage)
-    whole = [
-        mates[:stack]
-        for key, mates in together.items()
-        if len(mates) >= stack
-        or not any(s.stack_key() == key and s not in mates and soon(s) for s in waiting if stacked(s))
-    ]
-    whole.sort(key=len)
-    return alone + whole[-1:]
-
-
-def likeness(stage: Stage) -> tuple[str, ...]:
-    """Equal for cells with the same rows and seed, which see batches of the same lengths."""
-    return (*(parent.key for parent in stage.parents() if parent.kind == "rows"), str(getattr(stage, "seed", "")))
-
-
-def _start_worker(workers: int, reports: Any, device: str) -> None:
-    import torch
-
-    global REPORTS  # a pool hands what its processes share to the initialiser alone
-    REPORTS = reports
-    torch.set_num_threads(processes.threads(workers))
-    if device.startswith("cuda"):  # each capture of a graph collects garbage, and would look through every module
-        import peft  # noqa: F401  # what every worker will need
-        from transformers import LlamaForCausalLM, Qwen2ForCausalLM  # noqa: F401
-
-        from persona_coupling import captured, decode, stages  # noqa: F401
-
-        gc.collect()
-        gc.freeze()
-
-
-def _make(stages: list[Stage], root: Path, device: str) -> tuple[float, dict[str, Exception]]:
-    """Build one stage, or several together, in a worker. Returns its seconds and the errors of those that failed."""
-    started = last = time.monotonic()
-
-    def report(fraction: float) -> None:
-        nonlocal last
-        if REPORTS is not None and time.monotonic() - last > TICK:
-            last = time.monotonic()
-            REPORTS.put((stages[0].key, fraction))
-
-    lab = Lab(Store(root), device=device, report=report)
-    errors = lab.store.make_together(stages, lab) if len(stages) > 1 else {}
-    errors = {key: error for key, error in errors.items() if not memory.full(error)}
-    for stage in stages:
-        if stage.key not in errors:
-            _patiently(lab, stage)  # found the card full, or alone, or being made by another process, or there
-    if device.startswith("cuda"):  # what this worker keeps unused, the others on the card lack
-        import torch
-
-        torch.cuda.empty_cache()
-    return time.monotonic() - started, errors
-
-
-def _patiently(lab: Lab, stage: Stage) -> None:
-    """Build a stage; where the card is full, because others work on it too, give back what this process keeps and try
-    again a little later. Raises what the last of `PATIENCE` tries raised."""
-    for left in range(PATIENCE - 1, -1, -1):
-        try:
-            lab.folder(stage)
-            return
-        except RuntimeError as error:  # torch's own, or CUDA's from a library beside it
-            if not left or not memory.full(error):
-                raise
-        memory.release()  # outside of the handler, whose traceback holds the tensors
-        time.sleep(WAIT)

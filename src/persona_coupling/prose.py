@@ -97,7 +97,7 @@ def _before(index: Mapping[str, Any]) -> list[str]:
         f"The same claims had been tested before, at {found['steps']} steps of fine-tuning and with other seeds: there "
         f"gates left {unread} of {len(found['claims'])} unreadable, here {now}. The dose, now "
         f"{index['profile']['sft']['steps']} steps, was chosen by the gate that most of them failed; claims and gates "
-        "stayed as they were, and the paper's appendix sets these runs side by side."
+        "stayed as they were, and the paper's appendix sets these runs side by side.",
     ]
 
 

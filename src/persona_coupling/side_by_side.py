@@ -1,0 +1,241 @@
+"""Stages built side by side on one machine: which start next, in groups where they can be built together, and the
+processes that build them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from persona_coupling import memory, mps, processes
+from persona_coupling.store import Lab, Stage, Store
+
+if TYPE_CHECKING:
+    from persona_coupling.progress import Speeds
+
+TICK = 1.0  # seconds between looks at the workers
+PATIENCE, WAIT = 4, 5.0  # tries of a stage that found the card full, and seconds between them
+REPORTS: Any = None  # in a worker: the queue to the builder's bar
+
+
+def build(
+    missing: list[Stage],
+    costs: dict[str, float],
+    store: Store,
+    device: str,
+    speeds: Speeds,
+    bar: Any,
+    *,
+    workers: int,
+    stack: int,
+    stacks: int = 1,
+) -> None:
+    """Stages whose parents are made go to a pool of processes, those with the most behind them first, in groups where
+    they can be built together. When one fails, whatever does not rest on it is still built; then the first error is
+    raised. A stack holds up to `stack` stages, and up to `stacks` are under way."""
+    waiting = {stage.key: stage for stage in missing}
+    urgent = urgency(missing, costs, stack)
+    running: dict[Any, list[Stage]] = {}
+    failed: dict[str, BaseException] = {}
+    shares: dict[str, float] = {}  # of running groups, by the key of their first stage
+    done = 0.0
+    reports = processes.SPAWN.Queue()
+    with _crew(device, workers, stacks if stack > 1 else 0, reports, bar.write) as crew:
+        try:
+            while waiting or running:
+                for stage in [s for s in waiting.values() if any(parent.key in failed for parent in s.parents())]:
+                    failed[stage.key] = RuntimeError("a parent failed")
+                    del waiting[stage.key]
+                for group in groups(list(waiting.values()), list(running.values()), stack, stacks, urgent):
+                    future = crew.submit(group, store.root, device)
+                    if future is not None:
+                        running[future] = group
+                        for stage in group:
+                            del waiting[stage.key]
+                finished, _ = wait(running, timeout=TICK, return_when=FIRST_COMPLETED)
+                while not reports.empty():
+                    key, fraction = reports.get()
+                    shares[key] = fraction
+                for future in finished:
+                    group = running.pop(future)
+                    broken = future.exception()
+                    seconds, errors = future.result() if broken is None else (0.0, {s.key: broken for s in group})
+                    for stage in group:
+                        if stage.key in errors:
+                            failed[stage.key] = errors[stage.key]
+                            bar.write(f"{stage} failed: {errors[stage.key]}")
+                        else:
+                            speeds.observe(stage, seconds / len(group))
+                        done += costs[stage.key]
+                part = sum(shares.get(g[0].key, 0.0) * sum(costs[s.key] for s in g) for g in running.values())
+                bar.update(done + part - bar.n)
+                left = sum(len(group) for group in running.values())
+                made = len(missing) - len(waiting) - left - len(failed)
+                bar.set_description_str(f"{made}/{len(missing)} {left} running", refresh=False)
+        except BaseException:
+            crew.drop()
+            raise
+    if failed:
+        raise next(iter(failed.values()))
+
+
+def urgency(missing: list[Stage], costs: Mapping[str, float], stack: int) -> dict[str, float]:
+    """Seconds from the start of each stage to the end of the longest chain that rests on it: what should start first
+    (parents come first in `missing`). A stage of a stack lasts as long as the stack."""
+    behind: dict[str, float] = {}
+    for stage in reversed(missing):
+        seconds = costs[stage.key] * (stack if _stacked(stage, stack) else 1)
+        behind[stage.key] = seconds + behind.get(stage.key, 0.0)
+        for parent in stage.parents():
+            behind[parent.key] = max(behind.get(parent.key, 0.0), behind[stage.key])
+    return behind
+
+
+def _stacked(stage: Stage, stack: int) -> bool:
+    return stack > 1 and stage.stack_key() is not None
+
+
+def groups(
+    waiting: list[Stage],
+    running: list[list[Stage]],
+    stack: int,
+    stacks: int = 1,
+    urgent: Mapping[str, float] | None = None,
+) -> list[list[Stage]]:
+    """What of `waiting` can be started now beside the `running` groups, in groups that are built together, the most
+    urgent first.
+
+    Stacks fill the card, so no more than `stacks` are under way: cells that become ready meanwhile join the next. Nor does
+    one start that is not full while others that could join wait only for stages that are no cells themselves. Cells with
+    the same rows and seed see batches of the same lengths, so they go into one stack before others do.
+    """
+    undone = {stage.key: stage for stage in (*waiting, *(stage for group in running for stage in group))}
+
+    def rests_on(stage: Stage) -> list[Stage]:
+        return [parent for parent in stage.parents() if parent.key in undone]
+
+    def soon(stage: Stage) -> bool:
+        return not any(_stacked(parent, stack) or not soon(parent) for parent in rests_on(stage))
+
+    def rank(group: list[Stage]) -> tuple[float, int]:
+        return -max((urgent or {}).get(stage.key, 0.0) for stage in group), -len(group)
+
+    ready = [stage for stage in waiting if not rests_on(stage)]
+    made = [[stage] for stage in ready if not _stacked(stage, stack)]
+    room = stacks - sum(any(_stacked(stage, stack) for stage in group) for group in running)
+    if room > 0:
+        together: dict[Any, list[Stage]] = {}
+        for stage in sorted((s for s in ready if _stacked(s, stack)), key=likeness):
+            together.setdefault(stage.stack_key(), []).append(stage)
+        whole: list[list[Stage]] = []
+        for key, mates in together.items():
+            cut = [mates[first : first + stack] for first in range(0, len(mates), stack)]
+            joining = any(s.stack_key() == key and s not in mates and soon(s) for s in waiting if _stacked(s, stack))
+            whole += [part for part in cut if len(part) == stack or not joining]
+        made += sorted(whole, key=rank)[:room]
+    return sorted(made, key=rank)
+
+
+class _Crew:
+    """Worker processes: some train stacks, the others give way to them on the card and do everything else."""
+
+    def __init__(
+        self, others: ProcessPoolExecutor, places: int, trainers: ProcessPoolExecutor | None, stacks: int
+    ) -> None:
+        self.pools = [(others, places)] if trainers is None else [(others, places), (trainers, stacks)]
+        self.busy: list[list[Future[Any]]] = [[] for _ in self.pools]
+
+    def submit(self, group: list[Stage], root: Path, device: str) -> Future[Any] | None:
+        """Start a group where it belongs; None where no process is free."""
+        which = -1 if group[0].stack_key() is not None else 0
+        pool, places = self.pools[which]
+        self.busy[which] = [future for future in self.busy[which] if not future.done()]
+        if len(self.busy[which]) >= places:
+            return None
+        future = pool.submit(_make, group, root, device)
+        self.busy[which].append(future)
+        return future
+
+    def drop(self) -> None:
+        """Begin nothing more, and wait for nothing."""
+        for pool, _ in self.pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _crew(device: str, workers: int, stacks: int, reports: Any, say: Callable[[str], object]) -> Iterator[_Crew]:
+    """`workers` processes, `stacks` of them for stacks alone where the card can tell processes apart."""
+    with mps.service(device, workers, say) as shared, contextlib.ExitStack() as open_pools:
+        apart = stacks if shared and stacks < workers else 0
+
+        def pool(size: int, *, gives_way: bool) -> ProcessPoolExecutor:
+            start = (workers, reports, device, gives_way)
+            return open_pools.enter_context(processes.pool(size, _start_worker, start, beside=workers - size))
+
+        others = pool(workers - apart, gives_way=apart > 0)
+        yield _Crew(others, workers - apart, pool(apart, gives_way=False) if apart else None, apart)
+
+
+def likeness(stage: Stage) -> tuple[str, ...]:
+    """Equal for cells with the same rows and seed, which see batches of the same lengths."""
+    return (*(parent.key for parent in stage.parents() if parent.kind == "rows"), str(getattr(stage, "seed", "")))
+
+
+def _start_worker(workers: int, reports: Any, device: str, gives_way: bool = False) -> None:
+    if gives_way:
+        mps.give_way()
+    import torch
+
+    global REPORTS  # a pool hands what its processes share to the initialiser alone
+    REPORTS = reports
+    torch.set_num_threads(processes.threads(workers))
+    if device.startswith("cuda"):  # each capture of a graph collects garbage, and would look through every module
+        import peft  # noqa: F401  # what every worker will need
+        from transformers import LlamaForCausalLM, Qwen2ForCausalLM  # noqa: F401
+
+        from persona_coupling import captured, decode, stages  # noqa: F401
+
+        gc.collect()
+        gc.freeze()
+
+
+def _make(stages: list[Stage], root: Path, device: str) -> tuple[float, dict[str, Exception]]:
+    """Build one stage, or several together, in a worker. Returns its seconds and the errors of those that failed."""
+    started = last = time.monotonic()
+
+    def report(fraction: float) -> None:
+        nonlocal last
+        if REPORTS is not None and time.monotonic() - last > TICK:
+            last = time.monotonic()
+            REPORTS.put((stages[0].key, fraction))
+
+    lab = Lab(Store(root), device=device, report=report)
+    errors = lab.store.make_together(stages, lab) if len(stages) > 1 else {}
+    errors = {key: error for key, error in errors.items() if not memory.full(error)}
+    for stage in stages:
+        if stage.key not in errors:
+            _patiently(lab, stage)  # found the card full, or alone, or being made by another process, or there
+    if device.startswith("cuda"):  # what this worker keeps unused, the others on the card lack
+        import torch
+
+        torch.cuda.empty_cache()
+    return time.monotonic() - started, errors
+
+
+def _patiently(lab: Lab, stage: Stage) -> None:
+    """Build a stage; where the card is full, because others work on it too, give back what this process keeps and try
+    again a little later. Raises what the last of `PATIENCE` tries raised."""
+    for left in range(PATIENCE - 1, -1, -1):
+        try:
+            lab.folder(stage)
+            return
+        except RuntimeError as error:  # torch's own, or CUDA's from a library beside it
+            if not left or not memory.full(error):
+                raise
+        memory.release()  # outside of the handler, whose traceback holds the tensors
+        time.sleep(WAIT)

@@ -1,0 +1,259 @@
+"""Stages side by side: what starts next, in which group, in which process, and what happens when one fails."""
+
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+from persona_coupling import mps, processes, progress, side_by_side
+from persona_coupling.errors import UserError
+from persona_coupling.progress import Speeds
+from persona_coupling.store import Lab, Stage, Store, in_order
+
+
+@dataclass(frozen=True)
+class Job(Stage):
+    name: str
+    parent: Stage | None = None
+    kind: ClassVar[str] = "job"
+
+    def build(self, folder, lab):
+        if self.parent is not None:
+            assert lab.store.has(self.parent)
+        (folder / "done").write_text(str(time.time_ns()))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "root")
+
+
+@pytest.fixture
+def speeds(tmp_path):
+    return Speeds(tmp_path, "cpu")
+
+
+@dataclass(frozen=True)
+class Broken(Stage):
+    kind: ClassVar[str] = "job"
+
+    def build(self, folder, lab):
+        raise UserError("mend this")
+
+
+def test_workers_build_parents_first_and_each_once(store, speeds):
+    first = Job("first")
+    stages = in_order([Job("second", first), Job("third", first)])
+    progress.build(progress.plan(stages, store, speeds), store, "cpu", speeds, workers=2)
+    times = {s.name: int((store.folder(s) / "done").read_text()) for s in stages}
+    assert times["first"] < min(times["second"], times["third"])
+
+
+def test_an_error_in_a_worker_stops_the_run_and_keeps_what_is_finished(store, speeds):
+    """One worker's error is the run's, with its own message; what rests on nothing broken and was made is kept."""
+    child = Job("child", Broken())
+    planned = progress.plan([Job("a"), *in_order([child])], store, speeds)
+    with pytest.raises(UserError, match="mend this"):
+        progress.build(planned, store, "cpu", speeds, workers=2)
+    assert store.has(Job("a"))
+    assert not store.has(child)
+
+
+@dataclass(frozen=True)
+class Cell(Stage):
+    """A stage that can be built together with others of its base; member 13 fails."""
+
+    member: int
+    parent: Stage | None = None
+    base: str = "one"
+    kind: ClassVar[str] = "job"
+
+    def build(self, folder, lab):
+        (folder / "done").write_text("alone")
+        return {"how": "alone"}
+
+    def stack_key(self):
+        return self.base
+
+    @staticmethod
+    def build_together(stages, folders, lab):
+        for folder in folders:
+            (folder / "done").write_text(" ".join(sorted(str(s.member) for s in stages)))
+        return [UserError("unlucky") if s.member == 13 else {"how": f"x{len(stages)}"} for s in stages]
+
+
+def members(made):
+    return [[getattr(s, "member", s) for s in group] for group in made]
+
+
+def test_cells_that_are_ready_are_grouped():
+    cells = [Cell(n) for n in range(5)] + [Cell(9, base="other")]
+    assert members(side_by_side.groups(cells, [], 4)) == [[0, 1, 2, 3]], "one stack at a time, the largest"
+    assert members(side_by_side.groups(cells, [], 1)) == [[0], [1], [2], [3], [4], [9]]
+    job = Job("a")
+    assert members(side_by_side.groups([*cells, job], [[Cell(7)]], 4)) == [[job]], "a stack is running"
+
+
+def test_a_stack_waits_for_those_who_come_soon():
+    """For cells that wait for a job, not for those that wait for another cell; a full stack waits for nobody."""
+    job = Job("a")
+    soon, late = Cell(1, job), Cell(2, Cell(0))
+    assert members(side_by_side.groups([Cell(0), soon, job], [], 4)) == [[job]]
+    assert members(side_by_side.groups([Cell(0), soon], [[job]], 4)) == []
+    assert members(side_by_side.groups([Cell(0), late], [], 4)) == [[0]]
+    assert members(side_by_side.groups([Cell(0), Cell(3), soon], [[job]], 2)) == [[0, 3]]
+
+
+def test_stacks_are_built_in_workers_and_a_failing_member_is_alone(store, speeds):
+    """Cells 0, 1 and 13 in one stack; what rests on a finished cell follows, and the error is the run's."""
+    cells = [Cell(0), Cell(1), Cell(13)]
+    late = Cell(4, cells[0])
+    stages = in_order([*cells, late, Job("a")])
+    with pytest.raises(UserError, match="unlucky"):
+        progress.build(progress.plan(stages, store, speeds), store, "cpu", speeds, workers=2, stack=4)
+    assert [store.has(stage) for stage in (*cells, late, Job("a"))] == [True, True, False, True, True]
+    assert store.manifest(cells[0])["provenance"]["how"] == "x3"
+    assert (store.folder(cells[1]) / "done").read_text() == "0 1 13"
+    assert store.manifest(late)["provenance"]["how"] == "alone"
+
+
+@dataclass(frozen=True)
+class Threads(Stage):
+    """Writes how many threads its worker's BLAS may start."""
+
+    name: str
+    kind: ClassVar[str] = "threads"
+
+    def build(self, folder, lab):
+        (folder / "blas").write_text(os.environ.get(processes.BLAS[0], "unset"), encoding="utf-8")
+
+
+def test_workers_share_the_cores_out_to_their_blas(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setenv(processes.BLAS[0], "64")
+    store, stages = Store(tmp_path / "store"), [Threads("a"), Threads("b")]
+    speeds = progress.Speeds(store.root, "cpu")
+    progress.build(progress.plan(stages, store, speeds), store, "cpu", speeds, workers=2)
+    assert [(store.folder(stage) / "blas").read_text() for stage in stages] == ["3", "3"]
+    assert os.environ[processes.BLAS[0]] == "64"
+
+
+@dataclass(frozen=True)
+class Crowded(Stage):
+    """Finds the card full so many times; every try is counted in a file."""
+
+    tries: str
+    times: int
+    words: str = ""  # of CUDA; none: torch's own error
+    together: bool = False
+    kind: ClassVar[str] = "crowded"
+
+    def stack_key(self):
+        return "crowded" if self.together else None
+
+    @staticmethod
+    def build_together(stages, folders, lab):
+        return [RuntimeError(stage.words) for stage in stages]
+
+    def build(self, folder, lab):
+        with open(self.tries, "a", encoding="utf-8") as handle:
+            handle.write("x")
+        if len(Path(self.tries).read_text(encoding="utf-8")) <= self.times:
+            raise RuntimeError(self.words) if self.words else torch.OutOfMemoryError("out of memory")
+
+
+CAPTURING = "CUDA error: operation not permitted when stream is capturing"
+
+
+@pytest.mark.parametrize("words", ["", "CUDA error: out of memory", CAPTURING], ids=["torch", "cuda", "captured"])
+@pytest.mark.parametrize(("times", "made"), [(0, True), (2, True), (side_by_side.PATIENCE, False)])
+def test_a_full_card_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, times, made, words):
+    monkeypatch.setattr(side_by_side, "WAIT", 0.0)
+    lab, stage = Lab(Store(tmp_path / "store")), Crowded(str(tmp_path / "tries"), times, words)
+    if made:
+        side_by_side._patiently(lab, stage)
+    else:
+        with pytest.raises(RuntimeError, match=words or "out of memory"):
+            side_by_side._patiently(lab, stage)
+    assert lab.store.has(stage) == made
+    assert len((tmp_path / "tries").read_text()) == min(times + 1, side_by_side.PATIENCE)
+
+
+@pytest.mark.parametrize("words", [CAPTURING, "another error"])
+def test_members_of_a_stack_that_found_the_card_full_are_made_alone(tmp_path, words):
+    stages = [Crowded(str(tmp_path / f"tries{i}"), 0, words, together=True) for i in range(2)]
+    _, errors = side_by_side._make(stages, tmp_path / "store", "cpu")
+    made = [Store(tmp_path / "store").has(stage) for stage in stages]
+    assert made == [words == CAPTURING] * 2
+    assert len(errors) == (0 if words == CAPTURING else 2)
+
+
+def test_several_stacks_may_be_under_way():
+    cells, job = [Cell(n) for n in range(5)], Job("a")
+    assert members(side_by_side.groups(cells, [], 2, 2)) == [[0, 1], [2, 3]]
+    assert members(side_by_side.groups([*cells, job], [[Cell(7), Cell(8)]], 2, 2)) == [[0, 1], [job]]
+    assert members(side_by_side.groups([*cells, job], [[Cell(7)], [Cell(8)]], 2, 2)) == [[job]]
+    soon = Cell(9, job)
+    assert members(side_by_side.groups([*cells, soon], [[job]], 2, 4)) == [[0, 1], [2, 3]], "the rest waits for 9"
+
+
+def test_what_most_rests_on_starts_first():
+    """A chain of three seconds before a job of two, whatever came first; a stack counts as long as all of it lasts."""
+    short, first = Job("short"), Job("first")
+    second, cell = Job("second", first), Cell(3, base="one")
+    stages = in_order([short, second, cell])
+    costs = {short.key: 2.0, first.key: 1.0, second.key: 2.0, cell.key: 1.0}
+    urgent = side_by_side.urgency(stages, costs, 4)
+    assert [urgent[s.key] for s in (short, first, second, cell)] == [2.0, 3.0, 2.0, 4.0]
+    assert side_by_side.urgency(stages, costs, 1)[cell.key] == 1.0
+    assert side_by_side.groups(stages, [], 4, 1, urgent) == [[cell], [first], [short]]
+    lone, pair = Cell(1, base="lone"), [Cell(5, base="pair"), Cell(6, base="pair")]
+    assert members(side_by_side.groups([lone, *pair], [], 2, 1, {lone.key: 9.0})) == [[1]], "the more urgent stack"
+    assert members(side_by_side.groups([lone, *pair], [], 2, 1)) == [[5, 6]], "or else the larger one"
+
+
+@dataclass(frozen=True)
+class Where(Stage):
+    """Writes its process and whether that gives way on the card."""
+
+    name: str
+    base: str | None = None
+    kind: ClassVar[str] = "where"
+
+    def build(self, folder, lab):
+        (folder / "where").write_text(f"{os.getpid()} {os.environ.get(mps.PRIORITY, 'normal')}")
+
+    def stack_key(self):
+        return self.base
+
+    @staticmethod
+    def build_together(stages, folders, lab):
+        for stage, folder in zip(stages, folders, strict=True):
+            stage.build(folder, lab)
+        return [{} for _ in stages]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_stacks_have_processes_that_others_give_way_to(store, speeds, monkeypatch, shared):
+    @contextmanager
+    def service(device, workers, say):
+        yield shared
+
+    monkeypatch.setattr(mps, "service", service)
+    monkeypatch.delenv(mps.PRIORITY, raising=False)
+    alone, cells = [Where("a"), Where("b"), Where("c")], [Where("d", "one"), Where("e", "one")]
+    planned = progress.plan([*alone, *cells], store, speeds)
+    progress.build(planned, store, "cpu", speeds, workers=2, stack=2, stacks=1)
+
+    def where(stages):
+        return {tuple((store.folder(stage) / "where").read_text().split()) for stage in stages}
+
+    assert {priority for _, priority in where(alone)} == ({"1"} if shared else {"normal"})
+    assert {priority for _, priority in where(cells)} == {"normal"}
+    assert not shared or not {pid for pid, _ in where(alone)} & {pid for pid, _ in where(cells)}
+    assert mps.PRIORITY not in os.environ
