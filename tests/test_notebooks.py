@@ -219,6 +219,32 @@ def test_redraw_computes_nothing_and_leaves_the_environment(root, monkeypatch):
     assert STORED_ONLY not in os.environ
 
 
+@pytest.mark.parametrize("cores", [1, 2])
+def test_notebooks_side_by_side_are_all_run(root, monkeypatch, cores):
+    """Each in a process of its own where there are cores for it, this one otherwise; each is reported when it is done."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    names = ["00_a", "01_b", "02_c"]
+    rest = "import os\nfrom pathlib import Path\n"
+    made = [
+        experiment(root, n, rest=f'{rest}Path("{n}.txt").write_text(f"{{profile}} {{os.getpid()}}")') for n in names
+    ]
+    done = []
+    notebooks.each(notebooks.redraw, [(e, GOOD_PARAMETERS) for e in made], done.append)
+    written = [(root / f"{name}.txt").read_text().split() for name in names]
+    assert {profile for profile, _ in written} == {"smoke"}
+    assert (str(os.getpid()) in {pid for _, pid in written}) == (cores == 1)
+    assert sorted(done) == names
+
+
+def test_the_first_error_of_notebooks_side_by_side_is_raised(root, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    made = [experiment(root, "00_a", rest="1 / 0"), experiment(root, "01_b", rest="pass")]
+    done = []
+    with pytest.raises(ZeroDivisionError):
+        notebooks.each(notebooks.redraw, [(e, GOOD_PARAMETERS) for e in made], done.append)
+    assert done in ([], ["01_b"])
+
+
 # ------------------------------------------------------------------------------- the repository's notebooks
 
 REPOSITORY = Path(paths.PACKAGE).parents[1]

@@ -356,9 +356,8 @@ def reproduce(arguments: argparse.Namespace) -> None:
     parameters, experiments = _built(arguments)
     name = parameters["profile"]
     with outputs.turn():
-        for experiment in experiments:
-            print(f"notebook {experiment.name} ...", flush=True)
-            notebooks.execute(experiment, parameters)
+        print(f"{len(experiments)} notebooks ...", flush=True)
+        notebooks.each(notebooks.execute, [(e, parameters) for e in experiments], _said("executed"))
         pdf = build_paper(name)
     entries = ledger.compare(before, ledger.read(name))
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} min. Where things lie:")
@@ -377,6 +376,10 @@ def reproduce(arguments: argparse.Namespace) -> None:
     print(ledger.text(entries))
 
 
+def _said(what: str) -> Callable[[str], None]:
+    return lambda name: print(f"  {what} {name}", flush=True)
+
+
 def _short(path: Path) -> str:
     inside = path.is_relative_to(paths.repository())
     return str(path.relative_to(paths.repository()) if inside else path)
@@ -388,19 +391,19 @@ def paper(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     if not notebooks.stored(name):
         raise UserError(f"There are no stored results of {name}. Run `nox -s reproduce -- --profile {name}`.")
+    jobs = []
     for experiment in notebooks.discover():
         record = experiment.record(name)
         if not record.is_file():
             print(f"  {experiment.name} has not been run under {name}")
             continue
-        stored = outputs.read(record).get("profile", {})
-        parameters = {"profile": name, "seeds": stored.get("seeds", []), "model": ""}
-        if arguments.notes:
-            with processes.environment({STORED_ONLY: "1"}):
-                notebooks.execute(experiment, parameters)
-        else:
-            notebooks.redraw(experiment, parameters)
-        print(f"  redrawn {experiment.name}")
+        seeds = outputs.read(record).get("profile", {}).get("seeds", [])
+        jobs.append((experiment, {"profile": name, "seeds": seeds, "model": ""}))
+    if arguments.notes:
+        with processes.environment({STORED_ONLY: "1"}):
+            notebooks.each(notebooks.execute, jobs, _said("executed"))
+    else:
+        notebooks.each(notebooks.redraw, jobs, _said("redrawn"))
     print(f"{_short(build_paper(name))} in {time.monotonic() - started:.0f} s")
 
 

@@ -14,13 +14,14 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import outputs, paths
+from persona_coupling import outputs, paths, processes
 from persona_coupling.errors import UserError
 from persona_coupling.processes import environment
 from persona_coupling.store import Stage, in_order
@@ -147,6 +148,32 @@ def _run(source: str, experiment: Experiment, namespace: dict[str, Any]) -> None
     exec(compile(source, str(experiment.notebook), "exec"), namespace)  # noqa: S102 - the repository's own notebook
 
 
+Job = tuple[Experiment, dict[str, Any]]
+SIDE_BY_SIDE = 8  # notebooks at a time, on as many cores; each takes half a gigabyte
+
+
+def each(
+    do: Callable[[Experiment, dict[str, Any]], object], jobs: Sequence[Job], done: Callable[[str], object]
+) -> None:
+    """`redraw` or `execute` experiments with their parameters in processes side by side; `done` is told the name of each
+    that is finished. Raises the first error, once those that were under way have ended; no other is begun."""
+    count = min(len(jobs), os.cpu_count() or 1, SIDE_BY_SIDE)
+    if count < 2:
+        for experiment, parameters in jobs:
+            do(experiment, parameters)
+            done(experiment.name)
+        return
+    with processes.pool(count) as pool:
+        under_way = {pool.submit(do, experiment, parameters): experiment.name for experiment, parameters in jobs}
+        try:
+            for future in as_completed(under_way):
+                future.result()
+                done(under_way[future])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def redraw(experiment: Experiment, parameters: dict[str, Any]) -> None:
     """Run all code cells in this process on stored results: figures and tables again, no model, no kernel."""
     check_parameters(experiment, parameters)
@@ -235,7 +262,7 @@ def _kernel_of_this_interpreter(work: Path) -> Iterator[str]:
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"]
     spec = {"argv": arguments, "display_name": "Python 3", "language": "python"}
-    (folder / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
+    outputs.write(folder / "kernel.json", json.dumps(spec))  # whole or not at all: others may be reading it
     joined = os.pathsep.join([str(work / "jupyter"), os.environ.get("JUPYTER_PATH", "")]).strip(os.pathsep)
     with environment({"JUPYTER_PATH": joined, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}):
         yield name
