@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -28,9 +29,23 @@ def pool(
     """So many fresh processes, each with its share of the cores for linear algebra; `beside` more work next to them."""
     with (
         environment(dict.fromkeys(BLAS, str(threads(workers + beside)))),
-        ProcessPoolExecutor(workers, mp_context=SPAWN, initializer=initializer, initargs=initargs) as made,
+        ProcessPoolExecutor(workers, mp_context=SPAWN, initializer=_begin, initargs=(initializer, initargs)) as made,
     ):
         yield made
+
+
+def _begin(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
+    """In a member: end with the process that made the pool, and not wait for work of one that was killed."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if initializer is not None:
+        initializer(*initargs)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager
