@@ -35,7 +35,7 @@ def test_members_end_with_a_killed_parent(tmp_path):
         assert member in members
     finally:
         os.kill(parent.pid, signal.SIGKILL)
-        parent.wait()
+        parent.communicate()
     gone, alive = psutil.wait_procs(members, timeout=20)
     assert not alive
     assert len(gone) == len(members)
