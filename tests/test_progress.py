@@ -118,6 +118,17 @@ def test_plan_counts_what_is_missing(store, speeds, tmp_path):
     assert "3 in all,    1 cached,    2 to make" in rest.text()
 
 
+def test_workers_share_the_seconds_but_not_those_of_a_chain(store, speeds, tmp_path):
+    """Chain: 22,000 and 44,000 tokens of 66,000, which two workers do not shorten; of four such chains they do."""
+    per_second = progress.SPEEDS[PLAIN]["trained"]
+    assert progress.plan(chain(), store, speeds, workers=2).seconds == pytest.approx(66_000 / per_second, abs=0.3)
+    many = [Job(f"job {n}", tokens=66_000) for n in range(4)]
+    assert progress.plan(many, store, speeds, workers=2).seconds == pytest.approx(2 * 66_000 / per_second, abs=0.3)
+    on_a_card = Speeds(tmp_path, "cuda")
+    alone = sum(on_a_card.seconds(job) for job in many)
+    assert progress.plan(many, store, on_a_card, workers=4).seconds == pytest.approx(alone / (4 * progress.SHARED))
+
+
 @pytest.mark.parametrize(("free", "enough"), [(180, True), (160, False)])
 def test_22_a_disk_too_small_is_refused_before_the_run(store, speeds, monkeypatch, free, enough):
     """Failure 22: 60 MB, a fifth more and 100 MB to spare: 172 MB."""

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,7 +219,10 @@ def _planned(arguments: argparse.Namespace, *, start: bool = False) -> _Planned:
     settings = settings if measured is None else measured.best(settings)
     on_gpu = measured if settings.device.startswith("cuda") else None
     speeds = progress.Speeds(store.root, settings.device, ratio, stacked=stacked, measured=on_gpu)
-    planned = progress.plan(in_order(stages), store, speeds, check=False)
+    asked = getattr(arguments, "workers", 0) or (settings.workers if ratio < progress.LARGE else 1)
+    settings = replace(settings, workers=asked, stack=settings.stack if stacked else 1)
+    side_by_side = {"workers": settings.workers, "stack": settings.stack}
+    planned = progress.plan(in_order(stages), store, speeds, check=False, **side_by_side)
     print(planned.text())
     if measured is not None:
         print(cost_tables.line(measured, planned.missing))
@@ -237,7 +240,7 @@ def _planned(arguments: argparse.Namespace, *, start: bool = False) -> _Planned:
     if start and study.source in planned.missing and isinstance(study.source, models.WheelModel | models.TinyModel):
         first = progress.plan([study.source], store, speeds, check=not arguments.anyway)
         progress.build(first, store, settings.device, speeds)
-        planned = progress.plan(planned.stages, store, speeds, check=False)
+        planned = progress.plan(planned.stages, store, speeds, check=False, **side_by_side)
     here = None if getattr(arguments, "cluster", "") else settings  # a cluster's nodes have memory of their own
     found = requirements.check(study.profile, study.source, planned.missing, store, here)
     print("\n".join(found.lines))
@@ -289,11 +292,15 @@ def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[noteboo
         )
         return run.parameters, run.experiments
     settings = run.settings
-    workers = arguments.workers or (settings.workers if run.speeds.ratio < progress.LARGE else 1)
-    stack = settings.stack if run.speeds.stacked else 1
     with tuned(train_tokens=settings.train_tokens, sample_batch=settings.sample_batch):
         progress.build(
-            run.plan, run.store, settings.device, run.speeds, workers=workers, stack=stack, stacks=settings.stacks
+            run.plan,
+            run.store,
+            settings.device,
+            run.speeds,
+            workers=settings.workers,
+            stack=settings.stack,
+            stacks=settings.stacks,
         )
     return run.parameters, run.experiments
 
