@@ -9,19 +9,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from persona_coupling import notebooks, outputs, paths, processes, profiles, website
+from persona_coupling import notebooks, outputs, paths, planning, processes, profiles, website
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.study import STORED_ONLY, disagreement
-
-if TYPE_CHECKING:
-    from persona_coupling.costs import Measured
-    from persona_coupling.machine import Machine
-    from persona_coupling.progress import Plan, Speeds
-    from persona_coupling.store import Store
 
 # Large blocks stay in the heap instead of being mapped and returned on every step: half the page faults on a CPU
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
@@ -141,15 +134,6 @@ def _common(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def profile_name(asked: str) -> str:
-    """The profile asked for, or the default of this machine."""
-    if asked:
-        return asked
-    import torch
-
-    return "full" if torch.cuda.is_available() else "quick"
-
-
 def stored_profile(asked: str) -> str:
     """The profile asked for, or the one that the evidence is of. Raises UserError if there is none."""
     found = asked or _evidence()
@@ -164,96 +148,9 @@ def _evidence() -> str | None:
     return next((name for name in stored if stored[name] and stored[name] == max(stored.values())), None)
 
 
-def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"profile": profile_name(arguments.profile), "seeds": _seeds(arguments.seeds), "model": arguments.model}
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise UserError(f"--seeds {text}: give integers with commas, e.g. 0,1,2.") from error
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """A run before it starts; `measured`: what was measured of a model of this shape, if anything was."""
-
-    parameters: dict[str, Any]
-    experiments: tuple[notebooks.Experiment, ...]
-    profile: profiles.Profile
-    store: Store
-    settings: Machine
-    speeds: Speeds
-    plan: Plan
-    measured: Measured | None
-
-
-def _planned(arguments: argparse.Namespace, *, start: bool = False) -> _Planned:
-    """A run's plan; prints it, and what was derived about the model, which is made first where a run `start`s. Raises
-    UserError, naming all of it, for what stands in the way."""
-    from persona_coupling import cost_tables, costs, models, progress, requirements
-    from persona_coupling.machine import machine
-    from persona_coupling.store import Store, in_order
-    from persona_coupling.study import Study
-
-    parameters = _parameters(arguments)
-    experiments = notebooks.choose(arguments.only)
-    if not experiments:
-        raise UserError(f"There are no experiments in {paths.experiments()}.")
-    study = Study.open(parameters["profile"], seeds=parameters["seeds"], model=parameters["model"] or None)
-    settings = machine()
-    print(f"profile {study.profile.name}: {study.profile.description}")
-    print(f"model {study.profile.model.name} on {settings.device} in {settings.dtype_name}; seeds {list(study.seeds)}")
-    stages, designs = [], {}
-    for experiment in experiments:
-        design = designs[experiment.name] = notebooks.design_of(experiment, parameters)
-        print(f"  {experiment.name}: {len(design.cells)} cells")
-        stages += design.stages()
-    store = Store(paths.artifacts())
-    ratio = progress.parameters_ratio(study.profile.model)
-    stacked = settings.stack > 1 and ratio < progress.LARGE
-    measured = costs.read()
-    if measured is not None and not measured.of(study.profile.model):
-        measured = None
-    settings = settings if measured is None else measured.best(settings)
-    on_gpu = measured if settings.device.startswith("cuda") else None
-    speeds = progress.Speeds(store.root, settings.device, ratio, stacked=stacked, measured=on_gpu)
-    asked = getattr(arguments, "workers", 0) or (settings.workers if ratio < progress.LARGE else 1)
-    settings = replace(settings, workers=asked, stack=settings.stack if stacked else 1)
-    side_by_side = {"workers": settings.workers, "stack": settings.stack}
-    planned = progress.plan(in_order(stages), store, speeds, check=False, **side_by_side)
-    print(planned.text())
-    if measured is not None:
-        print(cost_tables.line(measured, planned.missing))
-    if getattr(arguments, "cells", False):
-        from persona_coupling import staleness, upkeep
-
-        def megabytes(stage: Any) -> float:
-            return progress.megabytes_of(stage, ratio)
-
-        print(
-            staleness.text(
-                staleness.rows(designs, planned, store, speeds, elsewhere=upkeep.designed, megabytes=megabytes)
-            )
-        )
-    if start and study.source in planned.missing and isinstance(study.source, models.WheelModel | models.TinyModel):
-        first = progress.plan([study.source], store, speeds, check=not arguments.anyway)
-        progress.build(first, store, settings.device, speeds)
-        planned = progress.plan(planned.stages, store, speeds, check=False, **side_by_side)
-    here = None if getattr(arguments, "cluster", "") else settings  # a cluster's nodes have memory of their own
-    found = requirements.check(study.profile, study.source, planned.missing, store, here)
-    print("\n".join(found.lines))
-    obstacles = [planned.shortage] * bool(planned.shortage) + found.obstacles
-    if obstacles and not arguments.anyway:
-        listed = "\n".join(f"- {obstacle}" for obstacle in obstacles)
-        raise UserError(f"This run would not get through here:\n{listed}\n(`--anyway` starts it all the same.)")
-    return _Planned(parameters, experiments, study.profile, store, settings, speeds, planned, measured)
-
-
 def plan(arguments: argparse.Namespace) -> None:
     """Say what would run."""
-    _planned(arguments)
+    planning.planned(arguments)
 
 
 def clean(arguments: argparse.Namespace) -> None:
@@ -261,7 +158,7 @@ def clean(arguments: argparse.Namespace) -> None:
     from persona_coupling import upkeep
     from persona_coupling.store import Store
 
-    store, seeds = Store(paths.artifacts()), _seeds(arguments.seeds)
+    store, seeds = Store(paths.artifacts()), planning.seeds(arguments.seeds)
     asked = {"stale": arguments.stale, "damaged": arguments.damaged, "yes": arguments.yes}
     upkeep.clean(store, **asked, seeds=seeds, model=arguments.model)
 
@@ -279,7 +176,7 @@ def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[noteboo
         from persona_coupling import cluster
 
         cluster.look(arguments.cluster)
-    run = _planned(arguments, start=True)
+    run = planning.planned(arguments, start=True)
     if arguments.cluster:
         cluster.build(
             run.plan,
@@ -313,7 +210,7 @@ def cells(arguments: argparse.Namespace) -> None:
     from persona_coupling.study import Study
 
     if arguments.finished:
-        parameters, experiments = _parameters(arguments), notebooks.choose(arguments.only)
+        parameters, experiments = planning.parameters(arguments), notebooks.choose(arguments.only)
     else:
         parameters, experiments = _built(arguments)
     study = Study.open(parameters["profile"], seeds=parameters["seeds"], model=parameters["model"] or None)
@@ -335,7 +232,7 @@ def combine(arguments: argparse.Namespace) -> None:
     """Join parts into the experiments' results of a profile."""
     from persona_coupling import evidence
 
-    name = profile_name(arguments.profile)
+    name = planning.profile_name(arguments.profile)
     for experiment in notebooks.discover():
         found = [Path(part) / experiment.name for part in arguments.parts]
         folders = [folder for folder in found if (folder / "record.json").is_file()]
@@ -359,7 +256,7 @@ def reproduce(arguments: argparse.Namespace) -> None:
     from persona_coupling.verification import ledger
 
     started = time.monotonic()
-    before = ledger.read(profile_name(arguments.profile))
+    before = ledger.read(planning.profile_name(arguments.profile))
     parameters, experiments = _built(arguments)
     name = parameters["profile"]
     with outputs.turn():

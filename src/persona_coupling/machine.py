@@ -12,6 +12,7 @@ from typing import Any, Literal
 from persona_coupling.errors import UserError
 
 SMALL = 1_000_000_000  # parameters of what counts as a small model
+CPU_WORKERS, WORKER_BYTES = 4, 5e9  # at most so many, with room for a small model's full fine-tuning in each
 STACKS = 1  # stacks that are trained side by side on a GPU
 
 
@@ -108,4 +109,11 @@ def _usual(device: str | None) -> Machine:
         train = 16_384 if large else 4_096
         return Machine(device, True, "sdpa", batch, 1_024, train, workers, scored, stack, STACKS, exact=True)
     # eager attention: SDPA's CPU backward costs 15 % of a step
-    return Machine("cpu", cpu_has_fast_bf16(), "eager", 128, 32, 4_096)
+    return Machine("cpu", cpu_has_fast_bf16(), "eager", 128, 32, 4_096, _cpu_workers())
+
+
+def _cpu_workers() -> int:
+    """Processes that share the cores of a machine without a GPU: small batches keep no two of them busy."""
+    from persona_coupling import memory
+
+    return max(1, min(os.cpu_count() or 1, CPU_WORKERS, int(memory.free("cpu") / WORKER_BYTES)))

@@ -26,6 +26,7 @@ SPEEDS = {
     "cuda": {"trained": 4_500.0, "sampled": 15_000.0, "scored": 100_000.0},
 }
 LARGE = 5  # times SmolLM2-135M: from here on a model fills the card alone
+WORTH = 300.0  # seconds of a run on a CPU from which processes of its own are worth their start
 SHARED = 0.5  # of the workers on one GPU are at work on the average (5.3 to 7.8 of 12: the others wait for a parent)
 STACKED = 60_000.0  # trained tokens per second of a stack on one H100, its preparation included
 MEMORY = 0.3  # weight of a new observation in the running correction
@@ -43,8 +44,10 @@ class Speeds:
         *,
         stacked: bool = False,
         measured: Measured | None = None,
+        sharing: int = 1,
     ) -> None:
         self.measured = measured
+        self.sharing = 1 if device.startswith("cuda") else sharing  # processes that have the cores between them
         self.factors: dict[str, float]
         self.path = root / "speeds.json"
         plain = "cpu with bf16" if cpu_has_fast_bf16() else "cpu"
@@ -60,7 +63,7 @@ class Speeds:
     def _guess(self, work: Work) -> float:
         speeds = SPEEDS[self.device] | ({"trained": STACKED} if self.stacked else {})
         tokens = work.trained / speeds["trained"] + work.sampled / speeds["sampled"] + work.scored / speeds["scored"]
-        return tokens * self.ratio + work.seconds + 0.05
+        return self.sharing * (tokens * self.ratio + work.seconds) + 0.05
 
     def _expected(self, stage: Stage) -> tuple[float, str]:
         """Seconds before any correction, and the name under which their correction is kept."""
