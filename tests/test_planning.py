@@ -8,25 +8,25 @@ from persona_coupling import machine, memory, planning, progress
 from persona_coupling.errors import UserError
 
 
-def asked(tmp_path, monkeypatch, **options):
+def asked(tmp_path, monkeypatch, start=False, **options):
     """`plan` of one experiment under the smoke profile, in an empty cache, as the command line would ask for it."""
     monkeypatch.setenv("PERSONA_COUPLING_CACHE", str(tmp_path))
     given = {"profile": "smoke", "seeds": "", "model": "", "only": ["00"], "anyway": True}
-    return planning.planned(argparse.Namespace(**given, **options))
+    return planning.planned(argparse.Namespace(**given, **options), start=start)
 
 
 @pytest.mark.parametrize(
-    ("worth", "options", "workers"),
+    ("tiny", "options", "workers"),
     [
-        (1e9, {}, 1),  # too short a run for processes of its own
+        (0.1, {}, 1),  # over before processes of its own would have started
         (0.0, {}, 3),
-        (1e9, {"workers": 2}, 2),
+        (0.1, {"workers": 2}, 2),
         (0.0, {"workers": 2}, 2),
         (0.0, {"cluster": "local"}, 1),
     ],
 )
-def test_a_long_run_on_a_cpu_has_the_machines_workers(tmp_path, monkeypatch, capsys, worth, options, workers):
-    monkeypatch.setattr(progress, "WORTH", worth)
+def test_a_run_on_a_cpu_has_the_machines_workers(tmp_path, monkeypatch, capsys, tiny, options, workers):
+    monkeypatch.setattr(progress, "TINY", tiny)
     with machine.tuned(workers=3):
         made = asked(tmp_path, monkeypatch, **options)
     assert made.settings.workers == workers
@@ -34,12 +34,25 @@ def test_a_long_run_on_a_cpu_has_the_machines_workers(tmp_path, monkeypatch, cap
     assert "estimated:" in capsys.readouterr().out
 
 
+def test_a_large_model_is_built_by_one_process_on_any_machine():
+    assert progress.workers(machine.machine("cpu"), 5.0) == 1
+    assert progress.workers(machine.machine("cpu"), 5.0, 2) == 2
+
+
+def test_too_little_memory_for_all_workers_is_said_but_refuses_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "TINY", 0.0)
+    monkeypatch.setattr(memory, "free", lambda _device: 2e6)
+    with machine.tuned(workers=3):
+        asked(tmp_path, monkeypatch, start=True)
+    assert "3 processes may need" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("cores", "gigabytes", "workers"), [(1, 64, 1), (2, 64, 2), (32, 64, machine.CPU_WORKERS), (8, 11, 2), (8, 2, 1)]
 )
 def test_cores_and_memory_bound_a_cpus_workers(monkeypatch, cores, gigabytes, workers):
     monkeypatch.setattr(machine.os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(memory, "free", lambda _device: gigabytes * 1e9)
+    monkeypatch.setattr(memory, "installed", lambda: gigabytes * 1e9)
     assert machine.machine("cpu").workers == workers
 
 

@@ -161,7 +161,7 @@ def test_an_undeclared_shape_leaves_stored_profiles_as_they_were():
 
 
 def test_free_memory_is_a_number_of_bytes():
-    assert 1e8 < memory.free("cpu") < 1e14
+    assert 1e8 < memory.free("cpu") <= memory.installed() < 1e14
     assert memory.capacity("cpu") == float("inf")
 
 

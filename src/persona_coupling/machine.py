@@ -113,7 +113,9 @@ def _usual(device: str | None) -> Machine:
 
 
 def _cpu_workers() -> int:
-    """Processes that share the cores of a machine without a GPU: small batches keep no two of them busy."""
+    """Processes that share the cores of a machine without a GPU: small batches keep no two of them busy. It hangs on what
+    the machine has and not on what is free just now, since sums of one thread and of two differ in rounding: a run that was
+    cut off goes on as it began."""
     from persona_coupling import memory
 
-    return max(1, min(os.cpu_count() or 1, CPU_WORKERS, int(memory.free("cpu") / WORKER_BYTES)))
+    return max(1, int(min(os.cpu_count() or 1, CPU_WORKERS, memory.installed() / WORKER_BYTES)))

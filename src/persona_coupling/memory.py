@@ -203,6 +203,12 @@ def capacity(device: str) -> float:
     return float(torch.cuda.get_device_properties(device).total_memory)
 
 
+def installed() -> float:
+    """Bytes of memory that the machine has in all (its container's limit, if that is less); without bound where the system
+    does not say."""
+    return _of_system("MemTotal")
+
+
 def free(device: str) -> float:
     """Bytes of memory that are free for us now: of the GPU, or of the machine (its container's limit, if that is less).
     Without bound where the system does not say."""
@@ -210,10 +216,14 @@ def free(device: str) -> float:
         import torch
 
         return float(torch.cuda.mem_get_info(device)[0])
+    return _of_system("MemAvailable")
+
+
+def _of_system(field: str) -> float:
     try:
         with open("/proc/meminfo", encoding="ascii") as handle:
             fields = dict(line.split(":", 1) for line in handle)
-        found = float(fields["MemAvailable"].split()[0]) * 1024
+        found = float(fields[field].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return float("inf")
     try:

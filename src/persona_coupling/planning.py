@@ -82,20 +82,14 @@ def planned(arguments: argparse.Namespace, *, start: bool = False) -> Planned:
     settings = settings if measured is None else measured.best(settings)
     on_gpu = measured if settings.device.startswith("cuda") else None
     ordered, cluster = in_order(stages), bool(getattr(arguments, "cluster", ""))
-    asked = getattr(arguments, "workers", 0)
-    alone = cluster or ratio >= progress.LARGE  # a cluster's nodes are asked elsewhere; a large model fills the card
-    settings = replace(
-        settings, workers=asked or (1 if alone else settings.workers), stack=settings.stack if stacked else 1
-    )
+    workers = 1 if cluster else progress.workers(settings, ratio, getattr(arguments, "workers", 0))
+    settings = replace(settings, workers=workers, stack=settings.stack if stacked else 1)
+    speeds = progress.Speeds(store.root, settings.device, ratio, stacked=stacked, measured=on_gpu, sharing=workers)
 
-    def shared(workers: int) -> tuple[Speeds, Plan]:
-        speeds = progress.Speeds(store.root, settings.device, ratio, stacked=stacked, measured=on_gpu, sharing=workers)
-        return speeds, progress.plan(ordered, store, speeds, check=False, workers=workers, stack=settings.stack)
+    def plan() -> Plan:
+        return progress.plan(ordered, store, speeds, check=False, workers=workers, stack=settings.stack)
 
-    speeds, made = shared(settings.workers)
-    if settings.device == "cpu" and not asked and settings.workers > 1 and made.seconds < progress.WORTH:
-        settings = replace(settings, workers=1)
-        speeds, made = shared(1)
+    made = plan()
     print(made.text())
     if measured is not None:
         print(cost_tables.line(measured, made.missing))
@@ -111,7 +105,7 @@ def planned(arguments: argparse.Namespace, *, start: bool = False) -> Planned:
     if start and study.source in made.missing and isinstance(study.source, models.WheelModel | models.TinyModel):
         first = progress.plan([study.source], store, speeds, check=not arguments.anyway)
         progress.build(first, store, settings.device, speeds)
-        speeds, made = shared(settings.workers)
+        made = plan()
     here = None if cluster else settings  # a cluster's nodes have memory of their own
     found = requirements.check(study.profile, study.source, made.missing, store, here)
     print("\n".join(found.lines))

@@ -17,6 +17,7 @@ from persona_coupling.store import Lab, Stage, Store, Work
 
 if TYPE_CHECKING:
     from persona_coupling.costs import Measured
+    from persona_coupling.machine import Machine
 
 # tokens per second of SmolLM2-135M: two cores in fp32 and in bf16 where the processor multiplies it, and one H100 (first
 # guesses only: every finished stage corrects them for this machine)
@@ -25,8 +26,8 @@ SPEEDS = {
     "cpu with bf16": {"trained": 320.0, "sampled": 300.0, "scored": 1_000.0},
     "cuda": {"trained": 4_500.0, "sampled": 15_000.0, "scored": 100_000.0},
 }
+TINY = 0.1  # times SmolLM2-135M: below, a run on a CPU is over before processes of its own would have started
 LARGE = 5  # times SmolLM2-135M: from here on a model fills the card alone
-WORTH = 300.0  # seconds of a run on a CPU from which processes of its own are worth their start
 SHARED = 0.5  # of the workers on one GPU are at work on the average (5.3 to 7.8 of 12: the others wait for a parent)
 STACKED = 60_000.0  # trained tokens per second of a stack on one H100, its preparation included
 MEMORY = 0.3  # weight of a new observation in the running correction
@@ -102,6 +103,15 @@ def parameters_ratio(model: Any) -> float:
     if match is None:
         return 1.0
     return float(match.group(1)) * (1000 if match.group(2) == "b" else 1) / 135
+
+
+def workers(settings: Machine, ratio: float, asked: int = 0) -> int:
+    """Processes that build the stages of a model `ratio` times SmolLM2-135M: as many as `asked` for, else the machine's."""
+    if asked:
+        return asked
+    if ratio >= LARGE or (ratio < TINY and not settings.device.startswith("cuda")):
+        return 1
+    return settings.workers
 
 
 @dataclass(frozen=True)

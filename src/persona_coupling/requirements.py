@@ -125,6 +125,12 @@ def _check_memory(found: Found, profile: Profile, missing: Sequence[Stage], mach
     found.lines += [f"    {need.bytes / GIGABYTE:6.1f} GB    {need.what} ({need.how})" for need in needs]
     if not missing:
         return
+    together = machine.workers * max((need.bytes for need in needs), default=0.0)
+    if machine.workers > 1 and where == "RAM" and together > free:
+        found.lines.append(
+            f"                {machine.workers} processes may need {together / GIGABYTE:.0f} GB together, and {has}: "
+            "`--workers 1` takes one"
+        )
     for need in needs:
         if need.bytes > free:
             found.obstacles.append(
