@@ -250,7 +250,7 @@ def test_every_claim_has_a_row_with_what_one_should_see(root: Path) -> None:
     assert "Stands in Section 2.1, Figure 1, Tables 1–2. Lab note: not executed" in text
     assert "Table 3, with estimands and predicates in Table 4" in text
     assert "4 claims: 2 supported, 1 refuted, 1 not run" in text
-    assert "about 12 min of compute on a card at commit abc, def" in text
+    assert "about 12 min of compute, summed over processes, on a card at commit abc, def" in text
     assert "`nox -s reproduce -- --profile quick --only 02` runs it" in text
 
 

@@ -174,7 +174,7 @@ def claim_by_claim(profile: str, found: Outline) -> str:
     counts = ", ".join(f"{n} {verdict}" for verdict, n in index["counts"].items() if n)
     lines = [
         f"The evidence is of the profile `{profile}`: {settings['model']['name']}, {seeds} seed{'s'[: seeds != 1]}, "
-        f"{_minutes(index['compute_minutes'])} of compute on {' and '.join(devices)} "
+        f"{_minutes(index['compute_minutes'])} of compute, summed over processes, on {' and '.join(devices)} "
         f"at commit {', '.join(commits)}. Minutes below are that machine's; those of spot checks are "
         "upper estimates.",
         "",
