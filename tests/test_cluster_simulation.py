@@ -103,6 +103,30 @@ def test_the_page_shows_what_the_code_gives():
     assert between(cluster_bench.BEGINS, cluster_bench.ENDS) == cluster_bench.text(measured)
 
 
+def test_the_page_follows_results_that_it_rests_on(tmp_path, monkeypatch, capsys):
+    """`paper` writes it again: the README's second command compares it with the results that its first one makes."""
+    monkeypatch.setenv("PERSONA_COUPLING_ROOT", str(tmp_path))
+    monkeypatch.setattr(cluster_simulation, "text", lambda source: f"as {source} says\n")
+    cluster_simulation.follow("quick")
+    page = tmp_path / "docs" / "CLUSTER.md"
+    page.parent.mkdir()
+    before = f"before\n{cluster_simulation.BEGINS}old\n{cluster_simulation.ENDS}\nafter\n"
+    page.write_text(before)
+    cluster_simulation.follow("smoke")
+    assert page.read_text() == before
+    cluster_simulation.follow("full")
+    now = before.replace("old", "as quick says")
+    assert page.read_text() == now
+
+    def refused(_source):
+        raise UserError("Run it again.")
+
+    monkeypatch.setattr(cluster_simulation, "text", refused)
+    cluster_simulation.follow("full")
+    assert page.read_text() == now
+    assert "keeps its simulation: Run it again." in capsys.readouterr().out
+
+
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
 

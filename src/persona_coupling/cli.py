@@ -313,7 +313,7 @@ def paper(arguments: argparse.Namespace) -> None:
 
 def build_paper(profile: str) -> Path:
     """Write the PDF from generated files alone, then seal the evidence. Raises UserError with typst's message."""
-    from persona_coupling import kit, prose
+    from persona_coupling import cluster_simulation, kit, prose
     from persona_coupling.verification import mutations, seal
 
     mutations.drop_stale(profile)
@@ -324,6 +324,7 @@ def build_paper(profile: str) -> Path:
     with outputs.replaced(target) as temporary:
         temporary.write_bytes(prose.compile_paper(profile))
     seal.write(profile)
+    cluster_simulation.follow(profile)
     if profile == _evidence() and (paths.repository() / "REVIEWERS.md").is_file():
         kit.write(profile)
     return target

@@ -21,6 +21,8 @@ from persona_coupling.store import Stage
 
 CARDS = (8, 64, 512)
 PROFILES = ("full", "qwen2.5-7b")
+SOURCE = "quick"  # whose stored results correct the guesses for a profile without any
+PAGE = "CLUSTER.md"
 BEGINS, ENDS = (
     "<!-- simulation: written by `python -m persona_coupling.cluster_simulation`; do not edit by hand -->\n",
     ("<!-- end of simulation -->"),
@@ -184,14 +186,26 @@ def text(source: str, folder: Path | None = None) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the tables into docs/CLUSTER.md."""
     parser = argparse.ArgumentParser(prog="persona_coupling.cluster_simulation", description=__doc__)
-    parser.add_argument("--costs", default="quick", help="the profile whose stored results give a stage's seconds")
+    parser.add_argument("--costs", default=SOURCE, help="the profile whose stored results give a stage's seconds")
     parser.add_argument("--results", default="", help="a folder that `cells --into` wrote, instead of stored results")
     parser.add_argument("--print", action="store_true", help="only print them")
     chosen = parser.parse_args(arguments)
     made = text(chosen.costs, Path(chosen.results) if chosen.results else None)
     print(made)
     if not chosen.print:
-        write("CLUSTER.md", BEGINS, ENDS, made)
+        write(PAGE, BEGINS, ENDS, made)
+
+
+def follow(profile: str) -> None:
+    """Write the tables again where they rest on results of this profile, if there is such a page."""
+    if profile not in {SOURCE, *PROFILES} or not (paths.repository() / "docs" / PAGE).is_file():
+        return
+    try:
+        made = text(SOURCE)
+    except UserError as error:  # results of another design lie beside these
+        print(f"docs/{PAGE} keeps its simulation: {error}")
+    else:
+        write(PAGE, BEGINS, ENDS, made)
 
 
 def write(name: str, begins: str, ends: str, block: str) -> None:
