@@ -165,13 +165,9 @@ def each(
         return
     with processes.pool(count) as pool:
         under_way = {pool.submit(do, experiment, parameters): experiment.name for experiment, parameters in jobs}
-        try:
-            for future in as_completed(under_way):
-                future.result()
-                done(under_way[future])
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in as_completed(under_way):
+            future.result()
+            done(under_way[future])
 
 
 def redraw(experiment: Experiment, parameters: dict[str, Any]) -> None:

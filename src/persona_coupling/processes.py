@@ -26,12 +26,17 @@ def threads(workers: int) -> int:
 def pool(
     workers: int, initializer: Callable[..., None] | None = None, initargs: tuple[Any, ...] = (), *, beside: int = 0
 ) -> Iterator[ProcessPoolExecutor]:
-    """So many fresh processes, each with its share of the cores for linear algebra; `beside` more work next to them."""
+    """So many fresh processes, each with its share of the cores for linear algebra; `beside` more work next to them. After
+    an error inside, what has not begun is not begun any more."""
     with (
         environment(dict.fromkeys(BLAS, str(threads(workers + beside)))),
         ProcessPoolExecutor(workers, mp_context=SPAWN, initializer=_begin, initargs=(initializer, initargs)) as made,
     ):
-        yield made
+        try:
+            yield made
+        except BaseException:
+            made.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _begin(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,41 +45,37 @@ def build(
     shares: dict[str, float] = {}  # of running groups, by the key of their first stage
     done = 0.0
     reports = processes.SPAWN.Queue()
-    with _crew(device, workers, stacks if stack > 1 else 0, reports, bar.write) as crew:
-        try:
-            while waiting or running:
-                for stage in [s for s in waiting.values() if any(parent.key in failed for parent in s.parents())]:
-                    failed[stage.key] = RuntimeError("a parent failed")
-                    del waiting[stage.key]
-                for group in groups(list(waiting.values()), list(running.values()), stack, stacks, urgent):
-                    future = crew.submit(group, store.root, device)
-                    if future is not None:
-                        running[future] = group
-                        for stage in group:
-                            del waiting[stage.key]
-                finished, _ = wait(running, timeout=TICK, return_when=FIRST_COMPLETED)
-                while not reports.empty():
-                    key, fraction = reports.get()
-                    shares[key] = fraction
-                for future in finished:
-                    group = running.pop(future)
-                    broken = future.exception()
-                    seconds, errors = future.result() if broken is None else (0.0, {s.key: broken for s in group})
+    with _pools(device, workers, stacks if stack > 1 else 0, reports, bar.write) as pools:
+        while waiting or running:
+            for stage in [s for s in waiting.values() if any(parent.key in failed for parent in s.parents())]:
+                failed[stage.key] = RuntimeError("a parent failed")
+                del waiting[stage.key]
+            for group in groups(list(waiting.values()), list(running.values()), stack, stacks, urgent):
+                pool, places = _home(group, pools)
+                if sum(_home(other, pools)[0] is pool for other in running.values()) < places:
+                    running[pool.submit(_make, group, store.root, device)] = group
                     for stage in group:
-                        if stage.key in errors:
-                            failed[stage.key] = errors[stage.key]
-                            bar.write(f"{stage} failed: {errors[stage.key]}")
-                        else:
-                            speeds.observe(stage, seconds / len(group))
-                        done += costs[stage.key]
-                part = sum(shares.get(g[0].key, 0.0) * sum(costs[s.key] for s in g) for g in running.values())
-                bar.update(done + part - bar.n)
-                left = sum(len(group) for group in running.values())
-                made = len(missing) - len(waiting) - left - len(failed)
-                bar.set_description_str(f"{made}/{len(missing)} {left} running", refresh=False)
-        except BaseException:
-            crew.drop()
-            raise
+                        del waiting[stage.key]
+            finished, _ = wait(running, timeout=TICK, return_when=FIRST_COMPLETED)
+            while not reports.empty():
+                key, fraction = reports.get()
+                shares[key] = fraction
+            for future in finished:
+                group = running.pop(future)
+                broken = future.exception()
+                seconds, errors = future.result() if broken is None else (0.0, {s.key: broken for s in group})
+                for stage in group:
+                    if stage.key in errors:
+                        failed[stage.key] = errors[stage.key]
+                        bar.write(f"{stage} failed: {errors[stage.key]}")
+                    else:
+                        speeds.observe(stage, seconds / len(group))
+                    done += costs[stage.key]
+            part = sum(shares.get(g[0].key, 0.0) * sum(costs[s.key] for s in g) for g in running.values())
+            bar.update(done + part - bar.n)
+            left = sum(len(group) for group in running.values())
+            made = len(missing) - len(waiting) - left - len(failed)
+            bar.set_description_str(f"{made}/{len(missing)} {left} running", refresh=False)
     if failed:
         raise next(iter(failed.values()))
 
@@ -141,44 +137,27 @@ def groups(
     return sorted(made, key=rank)
 
 
-class _Crew:
-    """Worker processes: some train stacks, the others give way to them on the card and do everything else."""
-
-    def __init__(
-        self, others: ProcessPoolExecutor, places: int, trainers: ProcessPoolExecutor | None, stacks: int
-    ) -> None:
-        self.pools = [(others, places)] if trainers is None else [(others, places), (trainers, stacks)]
-        self.busy: list[list[Future[Any]]] = [[] for _ in self.pools]
-
-    def submit(self, group: list[Stage], root: Path, device: str) -> Future[Any] | None:
-        """Start a group where it belongs; None where no process is free."""
-        which = -1 if group[0].stack_key() is not None else 0
-        pool, places = self.pools[which]
-        self.busy[which] = [future for future in self.busy[which] if not future.done()]
-        if len(self.busy[which]) >= places:
-            return None
-        future = pool.submit(_make, group, root, device)
-        self.busy[which].append(future)
-        return future
-
-    def drop(self) -> None:
-        """Begin nothing more, and wait for nothing."""
-        for pool, _ in self.pools:
-            pool.shutdown(wait=False, cancel_futures=True)
+Pool = tuple[ProcessPoolExecutor, int]  # and its processes
 
 
 @contextmanager
-def _crew(device: str, workers: int, stacks: int, reports: Any, say: Callable[[str], object]) -> Iterator[_Crew]:
-    """`workers` processes, `stacks` of them for stacks alone where the card can tell processes apart."""
-    with mps.service(device, workers, say) as shared, contextlib.ExitStack() as open_pools:
+def _pools(device: str, workers: int, stacks: int, reports: Any, say: Callable[[str], object]) -> Iterator[list[Pool]]:
+    """`workers` processes. Where the card can tell processes apart, `stacks` of them are a second pool: for stacks alone,
+    which the others give way to."""
+    with mps.service(device, workers, say) as shared, contextlib.ExitStack() as opened:
         apart = stacks if shared and stacks < workers else 0
 
-        def pool(size: int, *, gives_way: bool) -> ProcessPoolExecutor:
+        def pool(size: int, *, gives_way: bool) -> Pool:
             start = (workers, reports, device, gives_way)
-            return open_pools.enter_context(processes.pool(size, _start_worker, start, beside=workers - size))
+            return opened.enter_context(processes.pool(size, _start_worker, start, beside=workers - size)), size
 
         others = pool(workers - apart, gives_way=apart > 0)
-        yield _Crew(others, workers - apart, pool(apart, gives_way=False) if apart else None, apart)
+        yield [others, pool(apart, gives_way=False)] if apart else [others]
+
+
+def _home(group: list[Stage], pools: list[Pool]) -> Pool:
+    """The pool that builds a group."""
+    return pools[0 if group[0].stack_key() is None else -1]
 
 
 def likeness(stage: Stage) -> tuple[str, ...]:
