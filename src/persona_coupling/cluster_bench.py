@@ -124,7 +124,7 @@ def main() -> None:
     measured["possible"] = [0.0, *(cluster_simulation.simulate(waits, cost, w).makespan for w in WORKERS)]
     outputs.write_json(paths.repository() / "docs" / MEASURED, measured)
     print(text(measured))
-    cluster_simulation.write("CLUSTER.md", BEGINS, ENDS, text(measured))
+    cluster_simulation.write(cluster_simulation.PAGE, BEGINS, ENDS, text(measured))
 
 
 if __name__ == "__main__":

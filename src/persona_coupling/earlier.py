@@ -71,22 +71,23 @@ def of_commit(commit: str, profile: str) -> dict[str, Any] | None:
     }
 
 
-def faults(profile: str) -> tuple[list[str], int]:
-    """Where a kept run is not what its commit holds, and how many runs could be compared; git may lack old commits."""
-    wrong, compared = [], 0
-    for kind in KINDS:
-        place = path(kind, profile)
-        if not place.is_file():
-            continue
-        kept = outputs.read(place)
-        there = of_commit(kept["commit"], profile)
-        if there is None:
-            continue
-        compared += 1
-        wrong += [
-            f"{place.name} differs in {name} from {kept['commit']}" for name in kept if kept[name] != there.get(name)
-        ]
-    return wrong, compared
+def differences(profile: str) -> dict[str, list[str] | None]:
+    """By kept run, where it is not what its commit holds, in words; None where git lacks the commit."""
+    found: dict[str, list[str] | None] = {}
+    for place in (path(kind, profile) for kind in KINDS):
+        if place.is_file():
+            kept = outputs.read(place)
+            there = of_commit(kept["commit"], profile)
+            found[place.name] = (
+                None
+                if there is None
+                else [
+                    f"{place.name} differs in {name} from {kept['commit']}"
+                    for name in kept
+                    if kept[name] != there.get(name)
+                ]
+            )
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:

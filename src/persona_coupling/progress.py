@@ -120,6 +120,7 @@ class Plan:
 
     stages: list[Stage]
     missing: list[Stage]
+    costs: dict[str, float]  # seconds of each missing one, by key: fixed now, what is learnt on the way is for later
     seconds: float
     megabytes: float
     shortage: str = ""  # of disk, in a sentence
@@ -157,7 +158,7 @@ def plan(
         )
     if check and shortage:
         raise UserError(shortage)
-    return Plan(stages, missing, seconds, megabytes, shortage)
+    return Plan(stages, missing, costs, seconds, megabytes, shortage)
 
 
 def megabytes_of(stage: Stage, ratio: float) -> float:
@@ -192,7 +193,7 @@ def build(
 
     if not planned.missing:
         return
-    costs = {s.key: speeds.seconds(s) for s in planned.missing}  # fixed now: what is learnt on the way is for later
+    costs = planned.costs
     layout = "{desc:<26.26} {percentage:3.0f}%|{bar:24}| [{elapsed} < {remaining}]"
     interval = 0.5 if sys.stdout.isatty() else 20.0  # seconds between lines in a log file
     with tqdm(

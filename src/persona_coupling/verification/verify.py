@@ -112,11 +112,11 @@ def check_pdf(profile: str) -> Finding:
 
 def check_earlier(profile: str) -> Finding:
     """Whether the runs that the paper sets beside this copy's are what the commits hold that it names for them."""
-    kept = [kind for kind in earlier.KINDS if earlier.path(kind, profile).is_file()]
-    wrong, compared = earlier.faults(profile)
-    if not wrong and compared < len(kept):
+    found = earlier.differences(profile)
+    wrong = [difference for differences in found.values() for difference in differences or []]
+    if not wrong and None in found.values():
         return Finding("earlier", "runs before", "skipped", "git does not have their commits here")
-    return verdict("earlier", "runs before", wrong, f"{compared} as their commits hold them")
+    return verdict("earlier", "runs before", wrong, f"{len(found)} as their commits hold them")
 
 
 def check_mutations(profile: str, records: dict[str, Any]) -> Finding:
