@@ -24,6 +24,7 @@ sys.meta_path.insert(0, Unwrapped())
 
 from persona_coupling import models  # noqa: E402
 from persona_coupling.machine import Machine  # noqa: E402
+from persona_coupling.progress import Speeds  # noqa: E402
 from persona_coupling.store import Lab, Stage, Store  # noqa: E402
 
 CPU = Machine("cpu", False, "eager", 128, 32, 4_096)
@@ -137,3 +138,15 @@ def cpu():
 def altered_tokenizer(tokenizer):
     """A copy of the tokenizer to change at will."""
     return copy.deepcopy(tokenizer)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """An empty store."""
+    return Store(tmp_path / "root")
+
+
+@pytest.fixture
+def speeds(tmp_path):
+    """First guesses for a CPU, nothing learnt yet."""
+    return Speeds(tmp_path, "cpu")

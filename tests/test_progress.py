@@ -2,51 +2,20 @@
 
 import json
 import shutil
-import time
 from collections import namedtuple
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
+from jobs import Job
 
 from persona_coupling import machine, progress
 from persona_coupling.errors import UserError
 from persona_coupling.profiles import ModelValues
 from persona_coupling.progress import Speeds
-from persona_coupling.store import Stage, Store, Work, in_order
+from persona_coupling.store import in_order
 
 Usage = namedtuple("Usage", "total used free")
 
 PLAIN = "cpu with bf16" if machine.cpu_has_fast_bf16() else "cpu"
-
-
-@dataclass(frozen=True)
-class Job(Stage):
-    name: str
-    parent: Stage | None = None
-    tokens: int = 0
-    megabytes: float = 1.0
-    kind: ClassVar[str] = "job"
-
-    def build(self, folder, lab):
-        if self.parent is not None:
-            assert lab.store.has(self.parent)
-        for fraction in (0.5, 1.0):
-            lab.report(fraction)
-        (folder / "done").write_text(str(time.time_ns()))
-
-    def work(self):
-        return Work(trained=self.tokens, megabytes=self.megabytes)
-
-
-@pytest.fixture
-def store(tmp_path):
-    return Store(tmp_path / "root")
-
-
-@pytest.fixture
-def speeds(tmp_path):
-    return Speeds(tmp_path, "cpu")
 
 
 def test_a_first_guess_is_tokens_over_speed(tmp_path):

@@ -1,7 +1,6 @@
 """Stages side by side: what starts next, in which group, in which process, and what happens when one fails."""
 
 import os
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,33 +8,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from jobs import Job
 
 from persona_coupling import mps, processes, progress, side_by_side
 from persona_coupling.errors import UserError
-from persona_coupling.progress import Speeds
 from persona_coupling.store import Lab, Stage, Store, in_order
-
-
-@dataclass(frozen=True)
-class Job(Stage):
-    name: str
-    parent: Stage | None = None
-    kind: ClassVar[str] = "job"
-
-    def build(self, folder, lab):
-        if self.parent is not None:
-            assert lab.store.has(self.parent)
-        (folder / "done").write_text(str(time.time_ns()))
-
-
-@pytest.fixture
-def store(tmp_path):
-    return Store(tmp_path / "root")
-
-
-@pytest.fixture
-def speeds(tmp_path):
-    return Speeds(tmp_path, "cpu")
 
 
 @dataclass(frozen=True)
