@@ -12,7 +12,7 @@ from jobs import Job
 
 from persona_coupling import mps, processes, progress, side_by_side
 from persona_coupling.errors import UserError
-from persona_coupling.store import Lab, Stage, Store, in_order
+from persona_coupling.store import Lab, Stage, Store, Work, in_order
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,11 @@ class Cell(Stage):
     member: int
     parent: Stage | None = None
     base: str = "one"
+    steps: int = 1
     kind: ClassVar[str] = "job"
+
+    def work(self):
+        return Work(trained=self.steps)
 
     def build(self, folder, lab):
         (folder / "done").write_text("alone")
@@ -177,6 +181,14 @@ def test_several_stacks_may_be_under_way():
     assert members(side_by_side.groups([*cells, job], [[Cell(7)], [Cell(8)]], 2, 2)) == [[job]]
     soon = Cell(9, job)
     assert members(side_by_side.groups([*cells, soon], [[job]], 2, 4)) == [[0, 1], [2, 3]], "the rest waits for 9"
+
+
+def test_cells_of_one_length_share_a_stack_and_shorter_ones_fill_it_up():
+    """As they come, each stack of two would have a long and a short one, and last as long as the long one."""
+    cells = [Cell(n, steps=9 if n % 2 else 2) for n in range(9)] + [Cell(11, steps=9)]
+    assert members(side_by_side.groups(cells, [], 2, 9)) == [[1, 3], [5, 7], [11, 0], [2, 4], [6, 8]]
+    assert members(side_by_side.groups(cells, [], 4, 9)) == [[1, 3, 5, 7], [11, 0, 2, 4], [6, 8]]
+    assert members(side_by_side.groups(cells, [], 16, 9)) == [[1, 3, 5, 7, 11, 0, 2, 4, 6, 8]]
 
 
 def test_what_most_rests_on_starts_first():

@@ -46,6 +46,9 @@ def build(
     done = 0.0
     reports = processes.SPAWN.Queue()
     with _pools(device, workers, stacks if stack > 1 else 0, reports, bar.write) as pools:
+        for pool, places in pools:  # workers import while the first stages, on which all rest, are built
+            for _ in range(min(places, len(missing))):
+                pool.submit(_ready)
         while waiting or running:
             for stage in [s for s in waiting.values() if any(parent.key in failed for parent in s.parents())]:
                 failed[stage.key] = RuntimeError("a parent failed")
@@ -107,8 +110,7 @@ def groups(
     urgent first.
 
     Stacks fill the card, so no more than `stacks` are under way: cells that become ready meanwhile join the next. Nor does
-    one start that is not full while others that could join wait only for stages that are no cells themselves. Cells with
-    the same rows and seed see batches of the same lengths, so they go into one stack before others do.
+    one start that is not full while others that could join wait only for stages that are no cells themselves.
     """
     undone = {stage.key: stage for stage in (*waiting, *(stage for group in running for stage in group))}
 
@@ -126,15 +128,38 @@ def groups(
     room = stacks - sum(any(_stacked(stage, stack) for stage in group) for group in running)
     if room > 0:
         together: dict[Any, list[Stage]] = {}
-        for stage in sorted((s for s in ready if _stacked(s, stack)), key=likeness):
-            together.setdefault(stage.stack_key(), []).append(stage)
+        for stage in ready:
+            if _stacked(stage, stack):
+                together.setdefault(stage.stack_key(), []).append(stage)
         whole: list[list[Stage]] = []
         for key, mates in together.items():
-            cut = [mates[first : first + stack] for first in range(0, len(mates), stack)]
+            cut = _cut(mates, stack)
             joining = any(s.stack_key() == key and s not in mates and soon(s) for s in waiting if _stacked(s, stack))
             whole += [part for part in cut if len(part) == stack or not joining]
         made += sorted(whole, key=rank)[:room]
     return sorted(made, key=rank)
+
+
+def _cut(mates: list[Stage], stack: int) -> list[list[Stage]]:
+    """Cells that can be trained together, in stacks. A stack lasts as long as its longest cell, and the card works for the
+    others all the while: so cells of one length go together, and shorter ones only fill up what is left of the longer.
+    Cells with the same rows and seed see batches of the same lengths, so they go into one stack before others do."""
+    by_length: dict[int, list[Stage]] = {}
+    for stage in sorted(mates, key=likeness):
+        by_length.setdefault(stage.work().trained, []).append(stage)
+    cut: list[list[Stage]] = []
+    left: list[Stage] = []
+    for length in sorted(by_length, reverse=True):
+        alike = by_length[length]
+        room = -len(left) % stack
+        left, alike = left + alike[:room], alike[room:]
+        if len(left) >= stack:
+            cut, left = [*cut, left], []
+        if not left:
+            full = len(alike) // stack * stack
+            cut += [alike[first : first + stack] for first in range(0, full, stack)]
+            left = alike[full:]
+    return [*cut, left] if left else cut
 
 
 Pool = tuple[ProcessPoolExecutor, int]  # and its processes
@@ -181,6 +206,10 @@ def _start_worker(workers: int, reports: Any, device: str, gives_way: bool = Fal
 
         gc.collect()
         gc.freeze()
+
+
+def _ready() -> None:
+    """What a worker answers once it has been started."""
 
 
 def _make(stages: list[Stage], root: Path, device: str) -> tuple[float, dict[str, Exception]]:

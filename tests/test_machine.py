@@ -1,0 +1,44 @@
+"""Settings of machines that are not at hand: what a card's memory gives room for."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from persona_coupling import machine
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A machine of 16 cores with a card of so many gigabytes."""
+
+    def have(gigabytes):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(total_memory=int(gigabytes * 2**30))
+        )
+        monkeypatch.setattr(machine.os, "cpu_count", lambda: 16)
+        return machine.machine("cuda")
+
+    return have
+
+
+@pytest.mark.parametrize("gigabytes", [15, 24, 31, 40, 48, 79.2, 94, 139.8])
+def test_workers_and_stacks_fit_on_the_card_together(card, gigabytes):
+    """At its largest: every stack full and every other worker sampling, each as large as it was measured on an H100
+    (a stack of fifteen took 25 GB, a worker that sampled 616 answers 11.8 GB)."""
+    found = card(gigabytes)
+    assert found.stack >= 1
+    assert found.workers >= 1
+    if found.workers == 1:
+        return
+    sampling = 11.8 * found.sample_batch / 616 + 1
+    assert found.stacks * found.stack * 25 / 15 + (found.workers - found.stacks) * sampling < 1.05 * gigabytes
+    assert found.workers > found.stacks, "something must be built beside the stacks"
+
+
+def test_an_80_gb_card_has_the_settings_that_were_measured(card):
+    found = card(79.2)
+    assert (found.sample_batch, found.stack, found.stacks, found.workers) == (616, 8, 2, 6)
+    assert card(139.8).workers == 11
+    assert card(24).workers == 1
