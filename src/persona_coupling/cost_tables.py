@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from persona_coupling import bench_material, memory, notebooks, outputs, paths, profiles
-from persona_coupling.costs import PROFILE, Measured, read, rows_of
+from persona_coupling import bench_material, bench_shared, memory, notebooks, outputs, paths, profiles
+from persona_coupling.costs import PROFILE, Measured, place, read, rows_of
 from persona_coupling.errors import UserError
 from persona_coupling.store import Stage
 
@@ -217,7 +217,9 @@ def document(measured: Measured, stages: Sequence[Stage]) -> str:
         "sampling": "\n".join(sampling_table(measured)),
         "rest": "\n".join(rest_table(measured)),
     }
-    return "\n".join([DOCUMENT.format(**values), *full_parameter(measured), ""])
+    shared = place() / "shared.json"
+    beside = ["", *bench_shared.section(outputs.read(shared))] if shared.is_file() else []
+    return "\n".join([DOCUMENT.format(**values), *full_parameter(measured), *beside, ""])
 
 
 def answers() -> str:
