@@ -56,13 +56,18 @@ class Killed(Step):
 
 @dataclass(frozen=True)
 class Large(Step):
-    """Meets a full disk on a node that has no room."""
+    """Meets a full disk on a node that has no room; elsewhere waits until that node has been asked, which on a busy machine
+    comes late."""
 
     def happen(self):
+        asked = Path(self.log + ".full")
         if os.environ.get(FULL):
-            with Path(self.log + ".full").open("a", encoding="utf-8") as handle:
+            with asked.open("a", encoding="utf-8") as handle:
                 handle.write(self.name + "\n")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        end = time.monotonic() + 60
+        while not asked.is_file() and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def test_a_run_survives_a_kill_a_full_disk_and_a_node_of_another_version(nodes, 
     log = str(tmp_path / "log")
     first = Step("first", log)
     killed = Killed("killed", log, (first,))
-    large = [Large(f"large {n}", log, (first,), 0.2) for n in range(6)]
+    large = [Large(f"large {n}", log, (first,)) for n in range(6)]
     last = Step("last", log, (killed, *large))
     wrong = Wrong("wrong", log)
     orphan = Step("orphan", log, (wrong,))

@@ -27,7 +27,7 @@ from persona_coupling.cluster_store import Exchange, ExchangeError, TravellingSt
 from persona_coupling.errors import UserError
 from persona_coupling.profiles import ClusterValues
 from persona_coupling.progress import Plan, Speeds
-from persona_coupling.side_by_side import likeness
+from persona_coupling.side_by_side import cut
 from persona_coupling.store import Lab, Stage, Store
 
 ORPHAN = "a parent failed"
@@ -325,8 +325,7 @@ def grouped(missing: Sequence[Stage], stack: int, places: int) -> list[list[Stag
     groups = []
     for together in mates.values():
         size = max(1, min(stack, -(-len(together) // places)))
-        together = sorted(together, key=likeness) if len(together) > 1 else together
-        groups += [together[n : n + size] for n in range(0, len(together), size)]
+        groups += cut(together, size)
     return _parents_first(groups)
 
 

@@ -133,33 +133,33 @@ def groups(
                 together.setdefault(stage.stack_key(), []).append(stage)
         whole: list[list[Stage]] = []
         for key, mates in together.items():
-            cut = _cut(mates, stack)
+            pieces = cut(mates, stack)
             joining = any(s.stack_key() == key and s not in mates and soon(s) for s in waiting if _stacked(s, stack))
-            whole += [part for part in cut if len(part) == stack or not joining]
+            whole += [part for part in pieces if len(part) == stack or not joining]
         made += sorted(whole, key=rank)[:room]
     return sorted(made, key=rank)
 
 
-def _cut(mates: list[Stage], stack: int) -> list[list[Stage]]:
+def cut(mates: list[Stage], stack: int) -> list[list[Stage]]:
     """Cells that can be trained together, in stacks. A stack lasts as long as its longest cell, and the card works for the
     others all the while: so cells of one length go together, and shorter ones only fill up what is left of the longer.
     Cells with the same rows and seed see batches of the same lengths, so they go into one stack before others do."""
     by_length: dict[int, list[Stage]] = {}
     for stage in sorted(mates, key=likeness):
         by_length.setdefault(stage.work().trained, []).append(stage)
-    cut: list[list[Stage]] = []
+    pieces: list[list[Stage]] = []
     left: list[Stage] = []
     for length in sorted(by_length, reverse=True):
         alike = by_length[length]
         room = -len(left) % stack
         left, alike = left + alike[:room], alike[room:]
         if len(left) >= stack:
-            cut, left = [*cut, left], []
+            pieces, left = [*pieces, left], []
         if not left:
             full = len(alike) // stack * stack
-            cut += [alike[first : first + stack] for first in range(0, full, stack)]
+            pieces += [alike[first : first + stack] for first in range(0, full, stack)]
             left = alike[full:]
-    return [*cut, left] if left else cut
+    return [*pieces, left] if left else pieces
 
 
 Pool = tuple[ProcessPoolExecutor, int]  # and its processes
