@@ -51,8 +51,8 @@ class Mix:
         return f"{self.evaluations}x{self.rows}/{self.stacks}/{self.trainers}"
 
     def orders(self) -> list[int]:
-        """What each process builds. The first gives way to nobody, and so a stack is its."""
-        return [STACK] * self.stacks + [EVALUATION] * self.evaluations + [TRAINER] * self.trainers
+        """What each process builds. The first gives way to nobody and is kept for a stack."""
+        return ([STACK] * self.stacks or [IDLE]) + [EVALUATION] * self.evaluations + [TRAINER] * self.trainers
 
 
 MIXES = (

@@ -199,8 +199,8 @@ def recovery(
             part = curves[curves["panel"] == panel]
             for kind in (replace(CONTROL, name=f"{series.name} random"), series):
                 band(axes, part[part["series"] == kind.name], kind)
-            for label, value in levels[panel].items():
-                reference(axes, value, label)
+            for label, value in levels[panel].items():  # curves run above the lower one
+                reference(axes, value, label, below=value < max(levels[panel].values()))
             axes.set_title(title, fontsize=7.5, fontweight="normal", loc="left", linespacing=1.1)
             axes.grid(axis="both", color="0.92")
             axes.xaxis.set_major_locator(layer_ticks(4))
@@ -257,15 +257,17 @@ def band(axes: Axes, data: pd.DataFrame, series: Series) -> None:
     )  # fmt: skip
 
 
-def reference(axes: Axes, value: float, label: str) -> None:
-    """A horizontal line with its label above it, at the right."""
+def reference(axes: Axes, value: float, label: str, *, below: bool = False) -> None:
+    """A horizontal line with its label: above it at the right, or below it at the left and clear of markers on it."""
     if not np.isfinite(value):
         return
     axes.axhline(value, color="0.2", linewidth=0.8, linestyle=(0, (1, 1.5)), zorder=2)
     if label:
         axes.annotate(
-            label, (1, value), xycoords=("axes fraction", "data"), xytext=(-1, 1.5), textcoords="offset points",
-            ha="right", va="bottom", fontsize=6.5, color="0.2", zorder=5, path_effects=HALO,
+            label, (0 if below else 1, value), xycoords=("axes fraction", "data"),
+            xytext=(1, -4) if below else (-1, 1.5), textcoords="offset points",
+            ha="left" if below else "right", va="top" if below else "bottom",
+            fontsize=6.5, color="0.2", zorder=5, path_effects=HALO,
         )  # fmt: skip
 
 
