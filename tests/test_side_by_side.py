@@ -2,7 +2,7 @@
 
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -181,6 +181,15 @@ def test_several_stacks_may_be_under_way():
     assert members(side_by_side.groups([*cells, job], [[Cell(7)], [Cell(8)]], 2, 2)) == [[job]]
     soon = Cell(9, job)
     assert members(side_by_side.groups([*cells, soon], [[job]], 2, 4)) == [[0, 1], [2, 3]], "the rest waits for 9"
+
+
+def test_the_bar_ends_where_it_should_although_seconds_are_rounded(store, speeds):
+    """The longest first: 0.4 + 0.2 + 0.1 is a little more than 0.1 + 0.4 + 0.2. tqdm would warn, and warnings are errors."""
+    jobs, seconds = [Job(name) for name in "abc"], (0.1, 0.4, 0.2)
+    planned = progress.plan(jobs, store, speeds)
+    planned = replace(planned, costs=dict(zip([job.key for job in jobs], seconds, strict=True)))
+    progress.build(planned, store, "cpu", speeds, workers=1, stack=2)
+    assert all(store.has(job) for job in jobs)
 
 
 def test_cells_of_one_length_share_a_stack_and_shorter_ones_fill_it_up():

@@ -217,7 +217,7 @@ def _one_by_one(
         bar.set_description_str(f"{number}/{len(missing)} {type(stage).__name__}", refresh=False)
 
         def report(fraction: float, done: float = done, expected: float = expected) -> None:
-            bar.update(done + min(1.0, fraction) * expected - bar.n)
+            bar.update(min(done + min(1.0, fraction) * expected, bar.total) - bar.n)
 
         started, cached = time.monotonic(), store.has(stage)
         Lab(store, device=device, report=report, say=bar.write).folder(stage)
@@ -226,4 +226,4 @@ def _one_by_one(
         if speeds.ratio >= LARGE:
             memory.release()
         done += expected
-        bar.update(done - bar.n)
+        bar.update(min(done, bar.total) - bar.n)  # rounding may exceed it

@@ -75,7 +75,7 @@ def build(
                         speeds.observe(stage, seconds / len(group))
                     done += costs[stage.key]
             part = sum(shares.get(g[0].key, 0.0) * sum(costs[s.key] for s in g) for g in running.values())
-            bar.update(done + part - bar.n)
+            bar.update(min(done + part, bar.total) - bar.n)  # rounding may exceed it
             left = sum(len(group) for group in running.values())
             made = len(missing) - len(waiting) - left - len(failed)
             bar.set_description_str(f"{made}/{len(missing)} {left} running", refresh=False)
