@@ -273,15 +273,15 @@ def section(content: dict[str, Any]) -> list[str]:
     ]
     head = ["evaluations", "stacks", "trainers", "s an evaluation", "s a stack", "ms a step", "card busy, %", "GB"]
     made = content["provenance"]
+    torch = made["versions"]["torch"]
     return [
         "## A small model: what processes that share a card get done",
         "",
-        f"The profile `{content['profile']}` on {made['device']} (torch {made['versions']['torch']}, commit",
-        f"{made['commit']}), measured as `python -m persona_coupling.bench_shared` does: processes at work side by side,",
-        "evaluations with so many answers",
-        f"sampled together, stacks of {content['cells']} cells of {content['steps']} steps each, single cells through TRL's",
-        "trainer; then seconds per evaluation, per stack and per step of a trainer, all processes together. `machine.py`",
-        "takes its settings for GPUs from here.",
+        f"The profile `{content['profile']}` on {made['device']} (torch {torch}, commit {made['commit']}),",
+        "measured as `python -m persona_coupling.bench_shared` does: processes at work side by side, evaluations with so",
+        f"many answers sampled together, stacks of {content['cells']} cells of {content['steps']} steps each, single cells",
+        "through TRL's trainer; then seconds per evaluation, per stack and per step of a trainer, all processes together.",
+        "`machine.py` takes its settings for GPUs from here.",
         "",
         *table(head, rows),
     ]

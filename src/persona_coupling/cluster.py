@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-import sys
 import time
 import uuid
 from collections import defaultdict
@@ -26,7 +25,7 @@ from persona_coupling.cluster_nodes import Nodes, Order, Outcome, here, identity
 from persona_coupling.cluster_store import Exchange, ExchangeError, TravellingStore
 from persona_coupling.errors import UserError
 from persona_coupling.profiles import ClusterValues
-from persona_coupling.progress import Plan, Speeds
+from persona_coupling.progress import Plan, Speeds, seconds_bar
 from persona_coupling.side_by_side import cut
 from persona_coupling.store import Lab, Stage, Store
 
@@ -173,13 +172,7 @@ class _Run:
 
     def finish(self) -> None:
         """Hand out everything, wait for it, and raise the first error."""
-        from tqdm import tqdm
-
-        layout = "{desc:<34.34} {percentage:3.0f}%|{bar:24}| [{elapsed} < {remaining}]"
-        interval = 0.5 if sys.stdout.isatty() else 20.0  # seconds between lines in a log file
-        with tqdm(
-            total=sum(self.costs.values()), bar_format=layout, dynamic_ncols=True, file=sys.stdout, mininterval=interval
-        ) as bar:
+        with seconds_bar(self.costs, described=34) as bar:
             self.nodes.say = bar.write
             for group in self.groups:
                 self.hand_out(group)
@@ -223,7 +216,7 @@ class _Run:
         self.made += len(made)
         if outcome.node:
             self.nodes.finished(outcome, len(made))
-        bar.update(min(bar.total - bar.n, sum(self.costs[stage.key] for stage in done)))  # rounding may exceed it
+        bar.update(sum(self.costs[stage.key] for stage in done))
         return again
 
     def _repeat(self, again: Sequence[Stage]) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,22 +184,32 @@ def running_lab(store: Store, device: str) -> Lab:
     return Lab(store, device=device, report=report, say=bar.write)
 
 
+def seconds_bar(costs: Mapping[str, float], *, described: int) -> Any:
+    """A bar over the sum of expected seconds, its description so many characters wide. Seconds added in another order may
+    exceed that sum by rounding; the bar ends there all the same."""
+    from tqdm import tqdm
+
+    total = sum(costs.values())
+
+    class Bar(tqdm):
+        def update(self, n: int | float | None = 1) -> bool | None:
+            return super().update(min(n or 0.0, total - self.n))
+
+    layout = f"{{desc:<{described}.{described}}} {{percentage:3.0f}}%|{{bar:24}}| [{{elapsed}} < {{remaining}}]"
+    interval = 0.5 if sys.stdout.isatty() else 20.0  # seconds between lines in a log file
+    return Bar(total=total, bar_format=layout, dynamic_ncols=True, file=sys.stdout, mininterval=interval)
+
+
 def build(
     planned: Plan, store: Store, device: str, speeds: Speeds, *, workers: int = 1, stack: int = 1, stacks: int = 1
 ) -> None:
     """Build what is missing, parents first, under one bar: expected seconds done, stages done, ETA. `stack` is the most
     stages that are built together where they can be, above 1 in processes of their own, `stacks` the most such groups at
     a time."""
-    from tqdm import tqdm
-
     if not planned.missing:
         return
     costs = planned.costs
-    layout = "{desc:<26.26} {percentage:3.0f}%|{bar:24}| [{elapsed} < {remaining}]"
-    interval = 0.5 if sys.stdout.isatty() else 20.0  # seconds between lines in a log file
-    with tqdm(
-        total=sum(costs.values()), bar_format=layout, dynamic_ncols=True, file=sys.stdout, mininterval=interval
-    ) as bar:
+    with seconds_bar(costs, described=26) as bar:
         if workers == stack == 1:
             _one_by_one(planned.missing, costs, store, device, speeds, bar)
         else:
@@ -217,7 +228,7 @@ def _one_by_one(
         bar.set_description_str(f"{number}/{len(missing)} {type(stage).__name__}", refresh=False)
 
         def report(fraction: float, done: float = done, expected: float = expected) -> None:
-            bar.update(min(done + min(1.0, fraction) * expected, bar.total) - bar.n)
+            bar.update(done + min(1.0, fraction) * expected - bar.n)
 
         started, cached = time.monotonic(), store.has(stage)
         Lab(store, device=device, report=report, say=bar.write).folder(stage)
@@ -226,4 +237,4 @@ def _one_by_one(
         if speeds.ratio >= LARGE:
             memory.release()
         done += expected
-        bar.update(min(done, bar.total) - bar.n)  # rounding may exceed it
+        bar.update(done - bar.n)

@@ -75,7 +75,7 @@ def build(
                         speeds.observe(stage, seconds / len(group))
                     done += costs[stage.key]
             part = sum(shares.get(g[0].key, 0.0) * sum(costs[s.key] for s in g) for g in running.values())
-            bar.update(min(done + part, bar.total) - bar.n)  # rounding may exceed it
+            bar.update(done + part - bar.n)
             left = sum(len(group) for group in running.values())
             made = len(missing) - len(waiting) - left - len(failed)
             bar.set_description_str(f"{made}/{len(missing)} {left} running", refresh=False)
@@ -144,22 +144,8 @@ def cut(mates: list[Stage], stack: int) -> list[list[Stage]]:
     """Cells that can be trained together, in stacks. A stack lasts as long as its longest cell, and the card works for the
     others all the while: so cells of one length go together, and shorter ones only fill up what is left of the longer.
     Cells with the same rows and seed see batches of the same lengths, so they go into one stack before others do."""
-    by_length: dict[int, list[Stage]] = {}
-    for stage in sorted(mates, key=likeness):
-        by_length.setdefault(stage.work().trained, []).append(stage)
-    pieces: list[list[Stage]] = []
-    left: list[Stage] = []
-    for length in sorted(by_length, reverse=True):
-        alike = by_length[length]
-        room = -len(left) % stack
-        left, alike = left + alike[:room], alike[room:]
-        if len(left) >= stack:
-            pieces, left = [*pieces, left], []
-        if not left:
-            full = len(alike) // stack * stack
-            pieces += [alike[first : first + stack] for first in range(0, full, stack)]
-            left = alike[full:]
-    return [*pieces, left] if left else pieces
+    ordered = sorted(mates, key=lambda stage: (-stage.work().trained, *likeness(stage)))
+    return [ordered[first : first + stack] for first in range(0, len(ordered), stack)]
 
 
 Pool = tuple[ProcessPoolExecutor, int]  # and its processes
