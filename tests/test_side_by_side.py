@@ -221,6 +221,7 @@ class Where(Stage):
 
     name: str
     base: str | None = None
+    sampled: int = 0
     kind: ClassVar[str] = "where"
 
     def build(self, folder, lab):
@@ -229,11 +230,19 @@ class Where(Stage):
     def stack_key(self):
         return self.base
 
+    def work(self):
+        return Work(sampled=self.sampled, scored=100)
+
     @staticmethod
     def build_together(stages, folders, lab):
         for stage, folder in zip(stages, folders, strict=True):
             stage.build(folder, lab)
         return [{} for _ in stages]
+
+
+def where(store, stages):
+    """The processes that built the stages, and how they stand on the card."""
+    return {tuple((store.folder(stage) / "where").read_text().split()) for stage in stages}
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -248,10 +257,21 @@ def test_stacks_have_processes_that_others_give_way_to(store, speeds, monkeypatc
     planned = progress.plan([*alone, *cells], store, speeds)
     progress.build(planned, store, "cpu", speeds, workers=2, stack=2, stacks=1)
 
-    def where(stages):
-        return {tuple((store.folder(stage) / "where").read_text().split()) for stage in stages}
-
-    assert {priority for _, priority in where(alone)} == ({"1"} if shared else {"normal"})
-    assert {priority for _, priority in where(cells)} == {"normal"}
-    assert not shared or not {pid for pid, _ in where(alone)} & {pid for pid, _ in where(cells)}
+    assert {priority for _, priority in where(store, alone)} == ({"1"} if shared else {"normal"})
+    assert {priority for _, priority in where(store, cells)} == {"normal"}
+    assert not shared or not {pid for pid, _ in where(store, alone)} & {pid for pid, _ in where(store, cells)}
     assert mps.PRIORITY not in os.environ
+
+
+@pytest.mark.parametrize(("workers", "samplers"), [(3, 1), (2, 2), (2, 0)])
+def test_few_processes_sample(store, speeds, workers, samplers):
+    """A sampler's cache fills the card: the others never make one, unless nobody is left to do anything else."""
+    asking, reading = [Where(f"a{n}", None, 50) for n in range(6)], [Where(f"b{n}", None, 5) for n in range(6)]
+    planned = progress.plan([*asking, *reading], store, speeds)
+    progress.build(planned, store, "cpu", speeds, workers=workers, stack=2, samplers=samplers)
+    sampled, read = ({pid for pid, _ in where(store, stages)} for stages in (asking, reading))
+    if workers == 3:
+        assert len(sampled) == 1
+        assert not sampled & read
+    else:
+        assert len(sampled | read) <= workers

@@ -198,6 +198,7 @@ def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[noteboo
             workers=settings.workers,
             stack=settings.stack,
             stacks=settings.stacks,
+            samplers=settings.samplers,
         )
     return run.parameters, run.experiments
 

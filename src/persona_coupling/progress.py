@@ -201,11 +201,19 @@ def seconds_bar(costs: Mapping[str, float], *, described: int) -> Any:
 
 
 def build(
-    planned: Plan, store: Store, device: str, speeds: Speeds, *, workers: int = 1, stack: int = 1, stacks: int = 1
+    planned: Plan,
+    store: Store,
+    device: str,
+    speeds: Speeds,
+    *,
+    workers: int = 1,
+    stack: int = 1,
+    stacks: int = 1,
+    samplers: int = 0,
 ) -> None:
     """Build what is missing, parents first, under one bar: expected seconds done, stages done, ETA. `stack` is the most
     stages that are built together where they can be, above 1 in processes of their own, `stacks` the most such groups at
-    a time."""
+    a time; `samplers` of the workers sample answers (0: all)."""
     if not planned.missing:
         return
     costs = planned.costs
@@ -214,7 +222,16 @@ def build(
             _one_by_one(planned.missing, costs, store, device, speeds, bar)
         else:
             side_by_side.build(
-                planned.missing, costs, store, device, speeds, bar, workers=workers, stack=stack, stacks=stacks
+                planned.missing,
+                costs,
+                store,
+                device,
+                speeds,
+                bar,
+                workers=workers,
+                stack=stack,
+                stacks=stacks,
+                samplers=samplers,
             )
     print(f"{len(planned.missing)} stages made.")
 

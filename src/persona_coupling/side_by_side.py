@@ -34,10 +34,12 @@ def build(
     workers: int,
     stack: int,
     stacks: int = 1,
+    samplers: int = 0,
 ) -> None:
     """Stages whose parents are made go to a pool of processes, those with the most behind them first, in groups where
     they can be built together. When one fails, whatever does not rest on it is still built; then the first error is
-    raised. A stack holds up to `stack` stages, and up to `stacks` are under way."""
+    raised. A stack holds up to `stack` stages, and up to `stacks` are under way; `samplers` of the workers are the only ones
+    that sample answers (0: all do)."""
     waiting = {stage.key: stage for stage in missing}
     urgent = urgency(missing, costs, stack)
     running: dict[Any, list[Stage]] = {}
@@ -45,8 +47,8 @@ def build(
     shares: dict[str, float] = {}  # of running groups, by the key of their first stage
     done = 0.0
     reports = processes.SPAWN.Queue()
-    with _pools(device, workers, stacks if stack > 1 else 0, reports, bar.write) as pools:
-        for pool, places in pools:  # workers import while the first stages, on which all rest, are built
+    with _pools(device, workers, stacks if stack > 1 else 0, samplers, reports, bar.write) as pools:
+        for pool, places in pools.values():  # workers import while the first stages, on which all rest, are built
             for _ in range(min(places, len(missing))):
                 pool.submit(_ready)
         while waiting or running:
@@ -149,26 +151,40 @@ def cut(mates: list[Stage], stack: int) -> list[list[Stage]]:
 
 
 Pool = tuple[ProcessPoolExecutor, int]  # and its processes
+STACK, SAMPLE, ANY = "stack", "sample", "any"
 
 
 @contextmanager
-def _pools(device: str, workers: int, stacks: int, reports: Any, say: Callable[[str], object]) -> Iterator[list[Pool]]:
-    """`workers` processes. Where the card can tell processes apart, `stacks` of them are a second pool: for stacks alone,
-    which the others give way to."""
+def _pools(
+    device: str, workers: int, stacks: int, samplers: int, reports: Any, say: Callable[[str], object]
+) -> Iterator[dict[str, Pool]]:
+    """`workers` processes. Where the card can tell processes apart, `stacks` of them are a pool for stacks alone, which the
+    others give way to. `samplers` are another: a sampler keeps the cache of all answers that it samples at once, several
+    times the memory of what any other stage takes, so that few processes may."""
     with mps.service(device, workers, say) as shared, contextlib.ExitStack() as opened:
-        apart = stacks if shared and stacks < workers else 0
+        sizes = {STACK: stacks if shared and stacks < workers else 0}
+        sizes[SAMPLE] = samplers if samplers < workers - sizes[STACK] else 0
+        sizes[ANY] = workers - sum(sizes.values())
 
         def pool(size: int, *, gives_way: bool) -> Pool:
             start = (workers, reports, device, gives_way)
             return opened.enter_context(processes.pool(size, _start_worker, start, beside=workers - size)), size
 
-        others = pool(workers - apart, gives_way=apart > 0)
-        yield [others, pool(apart, gives_way=False)] if apart else [others]
+        behind = sizes[STACK] > 0
+        yield {role: pool(size, gives_way=behind and role != STACK) for role, size in sizes.items() if size}
 
 
-def _home(group: list[Stage], pools: list[Pool]) -> Pool:
+def _home(group: list[Stage], pools: Mapping[str, Pool]) -> Pool:
     """The pool that builds a group."""
-    return pools[0 if group[0].stack_key() is None else -1]
+    return pools.get(_role(group[0]), pools[ANY])
+
+
+def _role(stage: Stage) -> str:
+    """What a stage mainly does. One that samples a few answers beside all that it reads keeps no large cache."""
+    if stage.stack_key() is not None:
+        return STACK
+    work = stage.work()
+    return SAMPLE if 10 * work.sampled > work.scored else ANY
 
 
 def likeness(stage: Stage) -> tuple[str, ...]:
