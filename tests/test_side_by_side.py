@@ -222,6 +222,7 @@ class Where(Stage):
     name: str
     base: str | None = None
     sampled: int = 0
+    trained: int = 0
     kind: ClassVar[str] = "where"
 
     def build(self, folder, lab):
@@ -231,7 +232,7 @@ class Where(Stage):
         return self.base
 
     def work(self):
-        return Work(sampled=self.sampled, scored=100)
+        return Work(trained=self.trained, sampled=self.sampled, scored=100)
 
     @staticmethod
     def build_together(stages, folders, lab):
@@ -263,15 +264,17 @@ def test_stacks_have_processes_that_others_give_way_to(store, speeds, monkeypatc
     assert mps.PRIORITY not in os.environ
 
 
-@pytest.mark.parametrize(("workers", "samplers"), [(3, 1), (2, 2), (2, 0)])
-def test_few_processes_sample(store, speeds, workers, samplers):
-    """A sampler's cache fills the card: the others never make one, unless nobody is left to do anything else."""
-    asking, reading = [Where(f"a{n}", None, 50) for n in range(6)], [Where(f"b{n}", None, 5) for n in range(6)]
-    planned = progress.plan([*asking, *reading], store, speeds)
-    progress.build(planned, store, "cpu", speeds, workers=workers, stack=2, samplers=samplers)
-    sampled, read = ({pid for pid, _ in where(store, stages)} for stages in (asking, reading))
+@pytest.mark.parametrize(("workers", "few"), [(3, 1), (2, 2), (2, 0)])
+@pytest.mark.parametrize("large", [{"sampled": 50}, {"trained": 50}])
+def test_few_processes_do_what_fills_the_card(store, speeds, workers, few, large):
+    """A sampler's cache and a trainer's activations: the others never have them, unless nobody is left for all else."""
+    filling, small = [Where(f"a{n}", **large) for n in range(6)], [Where(f"b{n}", sampled=5) for n in range(6)]
+    planned = progress.plan([*filling, *small], store, speeds)
+    name = "trainers" if "trained" in large else "samplers"
+    progress.build(planned, store, "cpu", speeds, workers=workers, stack=2, **{name: few})
+    filled, others = ({pid for pid, _ in where(store, stages)} for stages in (filling, small))
     if workers == 3:
-        assert len(sampled) == 1
-        assert not sampled & read
+        assert len(filled) == 1
+        assert not filled & others
     else:
-        assert len(sampled | read) <= workers
+        assert len(filled | others) <= workers

@@ -199,6 +199,7 @@ def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[noteboo
             stack=settings.stack,
             stacks=settings.stacks,
             samplers=settings.samplers,
+            trainers=settings.trainers,
         )
     return run.parameters, run.experiments
 

@@ -13,8 +13,9 @@ from persona_coupling.errors import UserError
 
 SMALL = 1_000_000_000  # parameters of what counts as a small model
 CPU_WORKERS, WORKER_BYTES = 4, 5e9  # at most so many, with room for a small model's full fine-tuning in each
-# gigabytes of a GPU, measured on an H100 with a 135M model: a cell in a stack, a worker, and each answer it samples at once
-CELL_GB, WORKER_GB, ROW_GB = 1.7, 4.0, 0.012
+# gigabytes of a GPU, measured with a 135M model: a cell in a stack, a cell that TRL trains alone, a process that samples
+# and each answer of those it samples at once, a worker that does neither
+CELL_GB, TRAINER_GB, SAMPLER_GB, ROW_GB, WORKER_GB = 1.7, 13.0, 3.6, 0.0134, 4.0
 STACKS = 2  # trained side by side: two thirds of a small stack's time is its host's
 
 
@@ -33,6 +34,7 @@ class Machine:
     stack: int = 1  # small-model cells trained together on one base (`captured`); 1: TRL, each alone
     stacks: int = 1  # of such groups at a time
     samplers: int = 0  # of the workers, those that sample answers; 0: all of them
+    trainers: int = 0  # likewise those that train a cell alone
     exact: bool = False  # small models are measured, and trained by TRL, in fp32 all the same
 
     @property
@@ -103,19 +105,21 @@ def _usual(device: str | None) -> Machine:
             raise UserError("No CUDA device is visible. Run on the CPU, or install a driver and a CUDA build of torch.")
         gigabytes = torch.cuda.get_device_properties(device).total_memory / 2**30
         large = gigabytes > 30
-        # an evaluation's kernels take 1.6 s on an H100 with 308 answers at once, 1.0 s with 616 and 0.74 s with all of
-        # its 1,232, since most answers are short and the last few cost a step as much as hundreds: so a few processes
-        # sample very many, and others do what needs little memory
-        batch = min(1_232, int(15.6 * gigabytes)) if large else 96
-        stack = max(1, min(8, int(gigabytes / (9 if large else 5))))
+        # a token step of 616 answers costs the card as much as two of 160, and few processes then keep it busy: on an H100
+        # six gave an evaluation each 0.8 s with 616 and eight one each 1.5 s with 160
+        batch = min(616, int(8 * gigabytes)) if large else 96
+        stack = max(1, min(8, int(gigabytes / (12 if large else 5))))
         left = gigabytes - STACKS * stack * CELL_GB
-        samplers = max(1, int(0.7 * left / (WORKER_GB / 2 + ROW_GB * batch)))
-        beside = samplers + (left - samplers * (WORKER_GB / 2 + ROW_GB * batch)) / WORKER_GB
-        workers = min(12, STACKS + int(beside), os.cpu_count() or 1) if large else 1
+        trainers = max(1, int(0.45 * left / TRAINER_GB))  # they are slow and many
+        left -= trainers * TRAINER_GB
+        sampling = SAMPLER_GB + ROW_GB * batch
+        samplers = max(1, int(0.75 * left / sampling))
+        others = max(1, min(6, int((left - samplers * sampling) / WORKER_GB)))
+        workers = min(STACKS + trainers + samplers + others, os.cpu_count() or 1) if large else 1
         scored = 16_384
         train = 16_384 if large else 4_096
-        samplers = samplers if large else 0
-        return Machine(device, True, "sdpa", batch, 1_024, train, workers, scored, stack, STACKS, samplers, exact=True)
+        made = Machine(device, True, "sdpa", batch, 1_024, train, workers, scored, stack, STACKS, exact=True)
+        return replace(made, samplers=samplers, trainers=trainers) if workers > 1 else made
     # eager attention: SDPA's CPU backward costs 15 % of a step
     return Machine("cpu", cpu_has_fast_bf16(), "eager", 128, 32, 4_096, _cpu_workers())
 

@@ -210,10 +210,11 @@ def build(
     stack: int = 1,
     stacks: int = 1,
     samplers: int = 0,
+    trainers: int = 0,
 ) -> None:
     """Build what is missing, parents first, under one bar: expected seconds done, stages done, ETA. `stack` is the most
     stages that are built together where they can be, above 1 in processes of their own, `stacks` the most such groups at
-    a time; `samplers` of the workers sample answers (0: all)."""
+    a time; `samplers` of the workers sample answers, `trainers` train cells alone (0: all)."""
     if not planned.missing:
         return
     costs = planned.costs
@@ -232,6 +233,7 @@ def build(
                 stack=stack,
                 stacks=stacks,
                 samplers=samplers,
+                trainers=trainers,
             )
     print(f"{len(planned.missing)} stages made.")
 

@@ -35,11 +35,12 @@ def build(
     stack: int,
     stacks: int = 1,
     samplers: int = 0,
+    trainers: int = 0,
 ) -> None:
     """Stages whose parents are made go to a pool of processes, those with the most behind them first, in groups where
     they can be built together. When one fails, whatever does not rest on it is still built; then the first error is
     raised. A stack holds up to `stack` stages, and up to `stacks` are under way; `samplers` of the workers are the only ones
-    that sample answers (0: all do)."""
+    that sample answers, and `trainers` those that train a cell alone (0: all do)."""
     waiting = {stage.key: stage for stage in missing}
     urgent = urgency(missing, costs, stack)
     running: dict[Any, list[Stage]] = {}
@@ -47,7 +48,7 @@ def build(
     shares: dict[str, float] = {}  # of running groups, by the key of their first stage
     done = 0.0
     reports = processes.SPAWN.Queue()
-    with _pools(device, workers, stacks if stack > 1 else 0, samplers, reports, bar.write) as pools:
+    with _pools(device, workers, stacks if stack > 1 else 0, samplers, trainers, reports, bar.write) as pools:
         for pool, places in pools.values():  # workers import while the first stages, on which all rest, are built
             for _ in range(min(places, len(missing))):
                 pool.submit(_ready)
@@ -151,19 +152,27 @@ def cut(mates: list[Stage], stack: int) -> list[list[Stage]]:
 
 
 Pool = tuple[ProcessPoolExecutor, int]  # and its processes
-STACK, SAMPLE, ANY = "stack", "sample", "any"
+STACK, TRAIN, SAMPLE, ANY = "stack", "train", "sample", "any"
 
 
 @contextmanager
 def _pools(
-    device: str, workers: int, stacks: int, samplers: int, reports: Any, say: Callable[[str], object]
+    device: str,
+    workers: int,
+    stacks: int,
+    samplers: int,
+    trainers: int,
+    reports: Any,
+    say: Callable[[str], object],
 ) -> Iterator[dict[str, Pool]]:
     """`workers` processes. Where the card can tell processes apart, `stacks` of them are a pool for stacks alone, which the
-    others give way to. `samplers` are another: a sampler keeps the cache of all answers that it samples at once, several
-    times the memory of what any other stage takes, so that few processes may."""
+    others give way to. `samplers` and `trainers` are others: the cache of all answers that are sampled at once, and a cell
+    that is trained alone with all its activations, take several times the memory of any other stage. Where too many
+    processes did, stacks found the card full and were trained again by halves."""
     with mps.service(device, workers, say) as shared, contextlib.ExitStack() as opened:
         sizes = {STACK: stacks if shared and stacks < workers else 0}
-        sizes[SAMPLE] = samplers if samplers < workers - sizes[STACK] else 0
+        for role, asked in ((TRAIN, trainers), (SAMPLE, samplers)):
+            sizes[role] = asked if asked < workers - sum(sizes.values()) else 0
         sizes[ANY] = workers - sum(sizes.values())
 
         def pool(size: int, *, gives_way: bool) -> Pool:
@@ -184,6 +193,8 @@ def _role(stage: Stage) -> str:
     if stage.stack_key() is not None:
         return STACK
     work = stage.work()
+    if work.trained:
+        return TRAIN
     return SAMPLE if 10 * work.sampled > work.scored else ANY
 
 
