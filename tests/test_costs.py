@@ -24,6 +24,7 @@ from persona_coupling.errors import UserError
 from persona_coupling.machine import Machine
 from persona_coupling.study import Study
 
+ALONE = replace(machine.machine("cpu"), workers=1)
 PARAMETERS = 7_615_616_512
 GPU = Machine("cuda", True, "sdpa", 512, 1_024, 16_384)
 
@@ -329,7 +330,7 @@ def test_a_large_model_finds_the_memory_that_the_last_stage_held(ratio, left, st
     stage = Study.open(rows.name).corpus("bad_legal", seed=0)
     kept = store.Store(tmp_path / "store")
     speeds = progress.Speeds(tmp_path, "cpu", ratio)
-    progress.build(progress.plan([stage], kept, speeds, check=False), kept, "cpu", speeds)
+    progress.build(progress.plan([stage], kept, speeds, check=False), kept, ALONE, speeds)
     assert len(decode._kept) == left
 
 

@@ -11,8 +11,8 @@ from persona_coupling.errors import UserError
 def asked(tmp_path, monkeypatch, start=False, **options):
     """`plan` of one experiment under the smoke profile, in an empty cache, as the command line would ask for it."""
     monkeypatch.setenv("PERSONA_COUPLING_CACHE", str(tmp_path))
-    given = {"profile": "smoke", "seeds": "", "model": "", "only": ["00"], "anyway": True}
-    return planning.planned(argparse.Namespace(**given, **options), start=start)
+    given = {"profile": "smoke", "seeds": "", "model": "", "only": ["00"], "anyway": True, **options}
+    return planning.planned(argparse.Namespace(**given), start=start)
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,16 @@ def test_seeds_are_integers_with_commas():
     assert planning.seeds("0, 2,") == [0, 2]
     with pytest.raises(UserError, match="give integers with commas"):
         planning.seeds("one")
+
+
+def test_a_run_that_is_cut_off_has_whole_seeds(tmp_path, monkeypatch):
+    """What the second seed shares with the first is the first's; parents never come after what rests on them."""
+    made = asked(tmp_path, monkeypatch, seeds="4,2").plan
+    assert set(made.turns) == {stage.key for stage in made.stages}
+    assert set(made.turns.values()) == {0, 1}
+    for stage in made.stages:
+        assert all(made.turns[parent.key] <= made.turns[stage.key] for parent in stage.parents())
+        seed = getattr(stage, "seed", None)
+        assert made.turns[stage.key] == {4: 0, 2: 1}.get(seed, made.turns[stage.key]), stage
+    alone = asked(tmp_path, monkeypatch, seeds="4").plan
+    assert {stage.key for stage in alone.stages} == {key for key, turn in made.turns.items() if turn == 0}

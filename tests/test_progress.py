@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 from jobs import Job
@@ -13,6 +14,7 @@ from persona_coupling.profiles import ModelValues
 from persona_coupling.progress import Speeds
 from persona_coupling.store import in_order
 
+ALONE = replace(machine.machine("cpu"), workers=1)
 Usage = namedtuple("Usage", "total used free")
 
 PLAIN = "cpu with bf16" if machine.cpu_has_fast_bf16() else "cpu"
@@ -112,7 +114,7 @@ def test_22_a_disk_too_small_is_refused_before_the_run(store, speeds, monkeypatc
 
 def test_build_makes_every_stage_once_and_learns(store, speeds, tmp_path, capsys):
     stages = chain()
-    progress.build(progress.plan(stages, store, speeds), store, "cpu", speeds)
+    progress.build(progress.plan(stages, store, speeds), store, ALONE, speeds)
     assert all(store.has(stage) for stage in stages)
     shown = capsys.readouterr().out
     assert "3/3" in shown
@@ -122,7 +124,7 @@ def test_build_makes_every_stage_once_and_learns(store, speeds, tmp_path, capsys
     factors = json.loads((tmp_path / "speeds.json").read_text())
     assert list(factors) == [f"{PLAIN}/Job/1"]
     assert factors[f"{PLAIN}/Job/1"] > 0
-    progress.build(progress.plan(stages, store, speeds), store, "cpu", speeds)
+    progress.build(progress.plan(stages, store, speeds), store, ALONE, speeds)
     assert {s.name: int((store.folder(s) / "done").read_text()) for s in stages} == times
 
 
@@ -130,7 +132,7 @@ def test_a_stage_that_another_process_made_is_not_learnt_from(store, speeds, tmp
     job = Job("a")
     planned = progress.plan([job], store, speeds)
     progress.Lab(store).folder(job)
-    progress.build(planned, store, "cpu", speeds)
+    progress.build(planned, store, ALONE, speeds)
     assert not (tmp_path / "speeds.json").exists()
 
 

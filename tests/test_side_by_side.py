@@ -12,7 +12,12 @@ from jobs import Job
 
 from persona_coupling import mps, processes, progress, side_by_side
 from persona_coupling.errors import UserError
+from persona_coupling.machine import machine
 from persona_coupling.store import Lab, Stage, Store, Work, in_order
+
+
+def sharing(**settings):
+    return replace(machine("cpu"), **{"workers": 1, **settings})
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Broken(Stage):
 def test_workers_build_parents_first_and_each_once(store, speeds):
     first = Job("first")
     stages = in_order([Job("second", first), Job("third", first)])
-    progress.build(progress.plan(stages, store, speeds), store, "cpu", speeds, workers=2)
+    progress.build(progress.plan(stages, store, speeds), store, sharing(workers=2), speeds)
     times = {s.name: int((store.folder(s) / "done").read_text()) for s in stages}
     assert times["first"] < min(times["second"], times["third"])
 
@@ -36,7 +41,7 @@ def test_an_error_in_a_worker_stops_the_run_and_keeps_what_is_finished(store, sp
     child = Job("child", Broken())
     planned = progress.plan([Job("a"), *in_order([child])], store, speeds)
     with pytest.raises(UserError, match="mend this"):
-        progress.build(planned, store, "cpu", speeds, workers=2)
+        progress.build(planned, store, sharing(workers=2), speeds)
     assert store.has(Job("a"))
     assert not store.has(child)
 
@@ -96,7 +101,7 @@ def test_stacks_are_built_in_workers_and_a_failing_member_is_alone(store, speeds
     late = Cell(4, cells[0])
     stages = in_order([*cells, late, Job("a")])
     with pytest.raises(UserError, match="unlucky"):
-        progress.build(progress.plan(stages, store, speeds), store, "cpu", speeds, workers=2, stack=4)
+        progress.build(progress.plan(stages, store, speeds), store, sharing(workers=2, stack=4), speeds)
     assert [store.has(stage) for stage in (*cells, late, Job("a"))] == [True, True, False, True, True]
     assert store.manifest(cells[0])["provenance"]["how"] == "x3"
     assert (store.folder(cells[1]) / "done").read_text() == "0 1 13"
@@ -119,7 +124,7 @@ def test_workers_share_the_cores_out_to_their_blas(tmp_path, monkeypatch):
     monkeypatch.setenv(processes.BLAS[0], "64")
     store, stages = Store(tmp_path / "store"), [Threads("a"), Threads("b")]
     speeds = progress.Speeds(store.root, "cpu")
-    progress.build(progress.plan(stages, store, speeds), store, "cpu", speeds, workers=2)
+    progress.build(progress.plan(stages, store, speeds), store, sharing(workers=2), speeds)
     assert [(store.folder(stage) / "blas").read_text() for stage in stages] == ["3", "3"]
     assert os.environ[processes.BLAS[0]] == "64"
 
@@ -188,7 +193,7 @@ def test_the_bar_ends_where_it_should_although_seconds_are_rounded(store, speeds
     jobs, seconds = [Job(name) for name in "abc"], (0.1, 0.4, 0.2)
     planned = progress.plan(jobs, store, speeds)
     planned = replace(planned, costs=dict(zip([job.key for job in jobs], seconds, strict=True)))
-    progress.build(planned, store, "cpu", speeds, workers=1, stack=2)
+    progress.build(planned, store, sharing(workers=1, stack=2), speeds)
     assert all(store.has(job) for job in jobs)
 
 
@@ -200,6 +205,18 @@ def test_cells_of_one_length_share_a_stack_and_shorter_ones_fill_it_up():
     assert members(side_by_side.groups(cells, [], 16, 9)) == [[1, 3, 5, 7, 11, 0, 2, 4, 6, 8]]
 
 
+def test_cells_of_one_turn_share_a_stack_and_the_first_turn_starts_first(store, speeds):
+    cells = [Cell(n) for n in range(8)]
+    ranks = {cell.key: (1 - cell.member % 2, -float(cell.member)) for cell in cells}
+    assert members(side_by_side.groups(cells, [], 2, 9, ranks)) == [[5, 7], [1, 3], [4, 6], [0, 2]]
+    jobs = [Job(name) for name in "abcdef"]
+    planned = progress.plan(jobs, store, speeds)
+    planned = replace(planned, turns={job.key: turn for turn, job in enumerate(reversed(jobs))})
+    progress.build(planned, store, sharing(stack=2), speeds)
+    times = [int((store.folder(job) / "done").read_text()) for job in jobs]
+    assert times == sorted(times, reverse=True)
+
+
 def test_what_most_rests_on_starts_first():
     """A chain of three seconds before a job of two, whatever came first; a stack counts as long as all of it lasts."""
     short, first = Job("short"), Job("first")
@@ -209,9 +226,14 @@ def test_what_most_rests_on_starts_first():
     urgent = side_by_side.urgency(stages, costs, 4)
     assert [urgent[s.key] for s in (short, first, second, cell)] == [2.0, 3.0, 2.0, 4.0]
     assert side_by_side.urgency(stages, costs, 1)[cell.key] == 1.0
-    assert side_by_side.groups(stages, [], 4, 1, urgent) == [[cell], [first], [short]]
+    ranks = {key: (0, -seconds) for key, seconds in urgent.items()}
+    assert side_by_side.groups(stages, [], 4, 1, ranks) == [[cell], [first], [short]]
+    ranks[cell.key] = (1, -4.0)
+    assert side_by_side.groups(stages, [], 4, 1, ranks) == [[first], [short], [cell]], "first what is of the first turn"
     lone, pair = Cell(1, base="lone"), [Cell(5, base="pair"), Cell(6, base="pair")]
-    assert members(side_by_side.groups([lone, *pair], [], 2, 1, {lone.key: 9.0})) == [[1]], "the more urgent stack"
+    assert members(side_by_side.groups([lone, *pair], [], 2, 1, {lone.key: (0, -9.0)})) == [[1]], (
+        "the more urgent stack"
+    )
     assert members(side_by_side.groups([lone, *pair], [], 2, 1)) == [[5, 6]], "or else the larger one"
 
 
@@ -256,7 +278,7 @@ def test_stacks_have_processes_that_others_give_way_to(store, speeds, monkeypatc
     monkeypatch.delenv(mps.PRIORITY, raising=False)
     alone, cells = [Where("a"), Where("b"), Where("c")], [Where("d", "one"), Where("e", "one")]
     planned = progress.plan([*alone, *cells], store, speeds)
-    progress.build(planned, store, "cpu", speeds, workers=2, stack=2, stacks=1)
+    progress.build(planned, store, sharing(workers=2, stack=2, stacks=1), speeds)
 
     assert {priority for _, priority in where(store, alone)} == ({"1"} if shared else {"normal"})
     assert {priority for _, priority in where(store, cells)} == {"normal"}
@@ -271,7 +293,7 @@ def test_few_processes_do_what_fills_the_card(store, speeds, workers, few, large
     filling, small = [Where(f"a{n}", **large) for n in range(6)], [Where(f"b{n}", sampled=5) for n in range(6)]
     planned = progress.plan([*filling, *small], store, speeds)
     name = "trainers" if "trained" in large else "samplers"
-    progress.build(planned, store, "cpu", speeds, workers=workers, stack=2, **{name: few})
+    progress.build(planned, store, sharing(workers=workers, stack=2, **{name: few}), speeds)
     filled, others = ({pid for pid, _ in where(store, stages)} for stages in (filling, small))
     if workers == 3:
         assert len(filled) == 1

@@ -190,17 +190,7 @@ def _built(arguments: argparse.Namespace) -> tuple[dict[str, Any], tuple[noteboo
         return run.parameters, run.experiments
     settings = run.settings
     with tuned(train_tokens=settings.train_tokens, sample_batch=settings.sample_batch):
-        progress.build(
-            run.plan,
-            run.store,
-            settings.device,
-            run.speeds,
-            workers=settings.workers,
-            stack=settings.stack,
-            stacks=settings.stacks,
-            samplers=settings.samplers,
-            trainers=settings.trainers,
-        )
+        progress.build(run.plan, run.store, settings, run.speeds)
     return run.parameters, run.experiments
 
 

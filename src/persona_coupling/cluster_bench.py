@@ -10,11 +10,12 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from persona_coupling import cluster, cluster_simulation, notebooks, outputs, paths, progress, provenance
+from persona_coupling.machine import machine
 from persona_coupling.profiles import ClusterValues
 from persona_coupling.store import Lab, Stage, Store, Work
 
@@ -65,7 +66,7 @@ def run(stages: Sequence[Stage], workers: int) -> float:
         planned = progress.plan(list(stages), store, speeds)
         if not workers:
             started = time.monotonic()
-            progress.build(planned, store, "cpu", speeds)
+            progress.build(planned, store, replace(machine("cpu"), workers=1), speeds)
             return time.monotonic() - started
         from ray.cluster_utils import Cluster
 

@@ -29,7 +29,7 @@ class Machine:
     sample_batch: int  # prompts that are decoded together
     score_batch: int  # sequences per scoring forward
     train_tokens: int  # upper bound of padded tokens per micro-batch; more accumulates gradients
-    workers: int = 1  # stages of small models that are built side by side
+    workers: int = 1  # processes that build stages of small models side by side
     score_tokens: int = 4_096  # upper bound of padded tokens per scoring forward
     stack: int = 1  # small-model cells trained together on one base (`captured`); 1: TRL, each alone
     stacks: int = 1  # of such groups at a time
@@ -110,7 +110,7 @@ def _usual(device: str | None) -> Machine:
         batch = min(616, int(8 * gigabytes)) if large else 96
         stack = max(1, min(8, int(gigabytes / (12 if large else 5))))
         left = gigabytes - STACKS * stack * CELL_GB
-        trainers = max(1, int(0.45 * left / TRAINER_GB))  # they are slow and many
+        trainers = max(1, int(0.3 * left / TRAINER_GB))  # of full-parameter training there is little
         left -= trainers * TRAINER_GB
         sampling = SAMPLER_GB + ROW_GB * batch
         samplers = max(1, int(0.75 * left / sampling))

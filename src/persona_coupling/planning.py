@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
     from persona_coupling.costs import Measured
     from persona_coupling.machine import Machine
     from persona_coupling.progress import Plan, Speeds
-    from persona_coupling.store import Store
+    from persona_coupling.store import Stage, Store
+    from persona_coupling.study import Design
 
 
 def profile_name(asked: str) -> str:
@@ -86,8 +88,11 @@ def planned(arguments: argparse.Namespace, *, start: bool = False) -> Planned:
     settings = replace(settings, workers=workers, stack=settings.stack if stacked else 1)
     speeds = progress.Speeds(store.root, settings.device, ratio, stacked=stacked, measured=on_gpu, sharing=workers)
 
+    turns = turns_of(designs.values(), study.seeds)
+
     def plan() -> Plan:
-        return progress.plan(ordered, store, speeds, check=False, workers=workers, stack=settings.stack)
+        made = progress.plan(ordered, store, speeds, check=False, workers=workers, stack=settings.stack)
+        return replace(made, turns=turns)
 
     made = plan()
     print(made.text())
@@ -104,7 +109,7 @@ def planned(arguments: argparse.Namespace, *, start: bool = False) -> Planned:
         )
     if start and study.source in made.missing and isinstance(study.source, models.WheelModel | models.TinyModel):
         first = progress.plan([study.source], store, speeds, check=not arguments.anyway)
-        progress.build(first, store, settings.device, speeds)
+        progress.build(first, store, replace(settings, workers=1, stack=1), speeds)
         made = plan()
     here = None if cluster else settings  # a cluster's nodes have memory of their own
     found = requirements.check(study.profile, study.source, made.missing, store, here)
@@ -114,3 +119,19 @@ def planned(arguments: argparse.Namespace, *, start: bool = False) -> Planned:
         listed = "\n".join(f"- {obstacle}" for obstacle in obstacles)
         raise UserError(f"This run would not get through here:\n{listed}\n(`--anyway` starts it all the same.)")
     return Planned(given, experiments, study.profile, store, settings, speeds, made, measured)
+
+
+def turns_of(designs: Iterable[Design], seeds: Sequence[int]) -> dict[str, int]:
+    """By key, the place of the first seed that asks for a stage: a run that is cut off then has whole seeds to show, where
+    all of them side by side would be half done."""
+    from persona_coupling.store import in_order
+
+    wanted: list[tuple[int, Stage]] = []
+    for design in designs:
+        wanted += [(observed.seed, observed.stage) for observed in design.observations]
+        wanted += [(cell.seed, stage) for cell in design.cells for stage in (cell.merge, cell.evaluation)]
+    turns: dict[str, int] = {}
+    for turn, seed in enumerate(seeds):
+        for stage in in_order([stage for of, stage in wanted if of == seed]):
+            turns.setdefault(stage.key, turn)
+    return turns

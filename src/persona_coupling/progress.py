@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +125,7 @@ class Plan:
     seconds: float
     megabytes: float
     shortage: str = ""  # of disk, in a sentence
+    turns: Mapping[str, int] = field(default_factory=dict)  # by key, for what is built side by side: earlier ones first
 
     def text(self) -> str:
         """For people: by kind, how many are cached, how many are to be made, and how long that takes."""
@@ -200,41 +201,16 @@ def seconds_bar(costs: Mapping[str, float], *, described: int) -> Any:
     return Bar(total=total, bar_format=layout, dynamic_ncols=True, file=sys.stdout, mininterval=interval)
 
 
-def build(
-    planned: Plan,
-    store: Store,
-    device: str,
-    speeds: Speeds,
-    *,
-    workers: int = 1,
-    stack: int = 1,
-    stacks: int = 1,
-    samplers: int = 0,
-    trainers: int = 0,
-) -> None:
-    """Build what is missing, parents first, under one bar: expected seconds done, stages done, ETA. `stack` is the most
-    stages that are built together where they can be, above 1 in processes of their own, `stacks` the most such groups at
-    a time; `samplers` of the workers sample answers, `trainers` train cells alone (0: all)."""
+def build(planned: Plan, store: Store, settings: Machine, speeds: Speeds) -> None:
+    """Build what is missing, parents first, under one bar: expected seconds done, stages done, ETA. With more than one
+    worker, or cells that are trained together, in processes of their own."""
     if not planned.missing:
         return
-    costs = planned.costs
-    with seconds_bar(costs, described=26) as bar:
-        if workers == stack == 1:
-            _one_by_one(planned.missing, costs, store, device, speeds, bar)
+    with seconds_bar(planned.costs, described=26) as bar:
+        if settings.workers == settings.stack == 1:
+            _one_by_one(planned.missing, planned.costs, store, settings.device, speeds, bar)
         else:
-            side_by_side.build(
-                planned.missing,
-                costs,
-                store,
-                device,
-                speeds,
-                bar,
-                workers=workers,
-                stack=stack,
-                stacks=stacks,
-                samplers=samplers,
-                trainers=trainers,
-            )
+            side_by_side.build(planned.missing, planned.costs, planned.turns, store, settings, speeds, bar)
     print(f"{len(planned.missing)} stages made.")
 
 

@@ -16,6 +16,7 @@ from persona_coupling import memory, mps, processes
 from persona_coupling.store import Lab, Stage, Store
 
 if TYPE_CHECKING:
+    from persona_coupling.machine import Machine
     from persona_coupling.progress import Speeds
 
 TICK = 1.0  # seconds between looks at the workers
@@ -25,30 +26,25 @@ REPORTS: Any = None  # in a worker: the queue to the builder's bar
 
 def build(
     missing: list[Stage],
-    costs: dict[str, float],
+    costs: Mapping[str, float],
+    turns: Mapping[str, int],
     store: Store,
-    device: str,
+    settings: Machine,
     speeds: Speeds,
     bar: Any,
-    *,
-    workers: int,
-    stack: int,
-    stacks: int = 1,
-    samplers: int = 0,
-    trainers: int = 0,
 ) -> None:
-    """Stages whose parents are made go to a pool of processes, those with the most behind them first, in groups where
-    they can be built together. When one fails, whatever does not rest on it is still built; then the first error is
-    raised. A stack holds up to `stack` stages, and up to `stacks` are under way; `samplers` of the workers are the only ones
-    that sample answers, and `trainers` those that train a cell alone (0: all do)."""
+    """Stages whose parents are made go to a pool of processes, those of the first of `turns` first and among them those
+    with the most behind them, in groups where they can be built together. When one fails, whatever does not rest on it is
+    still built; then the first error is raised."""
     waiting = {stage.key: stage for stage in missing}
-    urgent = urgency(missing, costs, stack)
+    stack, stacks, device = settings.stack, settings.stacks, settings.device
+    ranks = {key: (turns.get(key, 0), -seconds) for key, seconds in urgency(missing, costs, stack).items()}
     running: dict[Any, list[Stage]] = {}
     failed: dict[str, BaseException] = {}
     shares: dict[str, float] = {}  # of running groups, by the key of their first stage
     done = 0.0
     reports = processes.SPAWN.Queue()
-    with _pools(device, workers, stacks if stack > 1 else 0, samplers, trainers, reports, bar.write) as pools:
+    with _pools(settings, reports, bar.write) as pools:
         for pool, places in pools.values():  # workers import while the first stages, on which all rest, are built
             for _ in range(min(places, len(missing))):
                 pool.submit(_ready)
@@ -56,7 +52,7 @@ def build(
             for stage in [s for s in waiting.values() if any(parent.key in failed for parent in s.parents())]:
                 failed[stage.key] = RuntimeError("a parent failed")
                 del waiting[stage.key]
-            for group in groups(list(waiting.values()), list(running.values()), stack, stacks, urgent):
+            for group in groups(list(waiting.values()), list(running.values()), stack, stacks, ranks):
                 pool, places = _home(group, pools)
                 if sum(_home(other, pools)[0] is pool for other in running.values()) < places:
                     running[pool.submit(_make, group, store.root, device)] = group
@@ -107,10 +103,10 @@ def groups(
     running: list[list[Stage]],
     stack: int,
     stacks: int = 1,
-    urgent: Mapping[str, float] | None = None,
+    ranks: Mapping[str, tuple[int, float]] | None = None,
 ) -> list[list[Stage]]:
-    """What of `waiting` can be started now beside the `running` groups, in groups that are built together, the most
-    urgent first.
+    """What of `waiting` can be started now beside the `running` groups, in groups that are built together, by the lowest
+    of their members' ranks: turn, and seconds that rest on it, negative.
 
     Stacks fill the card, so no more than `stacks` are under way: cells that become ready meanwhile join the next. Nor does
     one start that is not full while others that could join wait only for stages that are no cells themselves.
@@ -123,8 +119,11 @@ def groups(
     def soon(stage: Stage) -> bool:
         return not any(_stacked(parent, stack) or not soon(parent) for parent in rests_on(stage))
 
-    def rank(group: list[Stage]) -> tuple[float, int]:
-        return -max((urgent or {}).get(stage.key, 0.0) for stage in group), -len(group)
+    def rank(group: list[Stage]) -> tuple[tuple[int, float], int]:
+        return min(of(stage) for stage in group), -len(group)
+
+    def of(stage: Stage) -> tuple[int, float]:
+        return (ranks or {}).get(stage.key, (0, 0.0))
 
     ready = [stage for stage in waiting if not rests_on(stage)]
     made = [[stage] for stage in ready if not _stacked(stage, stack)]
@@ -136,18 +135,19 @@ def groups(
                 together.setdefault(stage.stack_key(), []).append(stage)
         whole: list[list[Stage]] = []
         for key, mates in together.items():
-            pieces = cut(mates, stack)
+            pieces = cut(mates, stack, {stage.key: of(stage)[0] for stage in mates})
             joining = any(s.stack_key() == key and s not in mates and soon(s) for s in waiting if _stacked(s, stack))
             whole += [part for part in pieces if len(part) == stack or not joining]
         made += sorted(whole, key=rank)[:room]
     return sorted(made, key=rank)
 
 
-def cut(mates: list[Stage], stack: int) -> list[list[Stage]]:
+def cut(mates: list[Stage], stack: int, turns: Mapping[str, int] | None = None) -> list[list[Stage]]:
     """Cells that can be trained together, in stacks. A stack lasts as long as its longest cell, and the card works for the
     others all the while: so cells of one length go together, and shorter ones only fill up what is left of the longer.
-    Cells with the same rows and seed see batches of the same lengths, so they go into one stack before others do."""
-    ordered = sorted(mates, key=lambda stage: (-stage.work().trained, *likeness(stage)))
+    Then cells of one turn, and of these, cells with the same rows and seed, which see batches of the same lengths."""
+    turns = turns or {}
+    ordered = sorted(mates, key=lambda s: (-s.work().trained, turns.get(s.key, 0), *likeness(s)))
     return [ordered[first : first + stack] for first in range(0, len(ordered), stack)]
 
 
@@ -156,22 +156,16 @@ STACK, TRAIN, SAMPLE, ANY = "stack", "train", "sample", "any"
 
 
 @contextmanager
-def _pools(
-    device: str,
-    workers: int,
-    stacks: int,
-    samplers: int,
-    trainers: int,
-    reports: Any,
-    say: Callable[[str], object],
-) -> Iterator[dict[str, Pool]]:
-    """`workers` processes. Where the card can tell processes apart, `stacks` of them are a pool for stacks alone, which the
-    others give way to. `samplers` and `trainers` are others: the cache of all answers that are sampled at once, and a cell
-    that is trained alone with all its activations, take several times the memory of any other stage. Where too many
-    processes did, stacks found the card full and were trained again by halves."""
+def _pools(settings: Machine, reports: Any, say: Callable[[str], object]) -> Iterator[dict[str, Pool]]:
+    """The workers. Where the card can tell processes apart, some are a pool for stacks alone, which the others give way to.
+    `samplers` and `trainers` are others: the cache of all answers that are sampled at once, and a cell that is trained
+    alone with all its activations, take several times the memory of any other stage. Where too many processes did, stacks
+    found the card full and were trained again by halves."""
+    workers, device = settings.workers, settings.device
+    stacks = settings.stacks if settings.stack > 1 else 0
     with mps.service(device, workers, say) as shared, contextlib.ExitStack() as opened:
         sizes = {STACK: stacks if shared and stacks < workers else 0}
-        for role, asked in ((TRAIN, trainers), (SAMPLE, samplers)):
+        for role, asked in ((TRAIN, settings.trainers), (SAMPLE, settings.samplers)):
             sizes[role] = asked if asked < workers - sum(sizes.values()) else 0
         sizes[ANY] = workers - sum(sizes.values())
 

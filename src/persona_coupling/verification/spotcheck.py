@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def run(profile: str, identity: str, *, count: int, seed: int, folder: Path | No
         planned = progress.plan(stages, store, speeds, workers=workers)
         print(planned.text())
         started = time.monotonic()
-        progress.build(planned, store, settings.device, speeds, workers=workers)
+        progress.build(planned, store, replace(settings, workers=workers, stack=1), speeds)
         minutes = (time.monotonic() - started) / 60
         lab = Lab(store, device=settings.device)
         level = 1 - (1 - stats.CONFIDENCE) / (len(chosen) * len(MEASURES))
