@@ -171,6 +171,25 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def watch(device: str) -> None:
+    """From now on `peak` counts anew."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak(device: str) -> dict[str, float]:
+    """The most of the GPU's memory that this process has had since `watch`, by `peak_gigabytes`; nothing on a CPU. Without
+    the half gigabyte of its CUDA context, and with what it keeps from one stage to the next."""
+    if not device.startswith("cuda"):
+        return {}
+    import torch
+
+    return {"peak_gigabytes": round(torch.cuda.max_memory_reserved() / 2**30, 2)}
+
+
 def full(error: BaseException) -> bool:
     """Whether an error says that the card's memory is used up: while a graph is captured CUDA names what torch then
     tries, to free some, instead of the shortage itself."""

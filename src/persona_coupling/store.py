@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 from filelock import FileLock, Timeout
 
-from persona_coupling import paths, provenance, storage, untrusted
+from persona_coupling import memory, paths, provenance, storage, untrusted
 from persona_coupling.errors import CorruptArtifact
 
 MANIFEST = "manifest.json"
@@ -314,6 +314,7 @@ class Store:
                     missing += [] if self.has(stage) else [stage]
             if not missing:
                 return {}
+            memory.watch(lab.device)
             started = time.monotonic()
             folders = [self._begin(stage) for stage in missing]
             try:
@@ -354,7 +355,12 @@ class Store:
             "description": stage.description,
             "made_of": stage.made_of(),
             "files": files,
-            "provenance": {**provenance.record(lab.device), "seconds": round(seconds, 3), **(notes or {})},
+            "provenance": {
+                **provenance.record(lab.device),
+                "seconds": round(seconds, 3),
+                **memory.peak(lab.device),
+                **(notes or {}),
+            },
         }
         with (temporary / MANIFEST).open("w", encoding="utf-8") as handle:
             json.dump(manifest, handle, indent=1, ensure_ascii=False)
@@ -363,6 +369,7 @@ class Store:
         temporary.rename(self.folder(stage))
 
     def _build(self, stage: Stage, lab: Lab) -> None:
+        memory.watch(lab.device)
         temporary, started = self._begin(stage), time.monotonic()
         try:
             notes = stage.build(temporary, lab)
