@@ -24,24 +24,25 @@ def card(monkeypatch):
 
 
 @pytest.mark.parametrize("gigabytes", [15, 24, 31, 40, 48, 79.2, 94, 139.8])
-def test_workers_and_stacks_fit_on_the_card_together(card, gigabytes):
-    """At its largest: every stack full, every sampler and trainer at work, each as large as it was measured (a stack of
-    fifteen took 25 GB, a worker that sampled 616 answers 11.8 GB, one that trained a cell through TRL some 13), and what
-    every other worker has for itself."""
+def test_one_of_each_kind_fits_on_the_card_together(card, gigabytes):
+    """A full stack, a sampler, a trainer and a small stage, each as large as it was measured (a stack of six took 26 GB, a
+    worker that sampled 616 answers 11.8 GB, one that trained a cell in fp32 13), and every process's context: what runs
+    beyond that is for `room` to say."""
     found = card(gigabytes)
     assert found.stack >= 1
-    assert found.workers >= 1
     if found.workers == 1:
+        assert found.gigabytes == 0
         return
+    assert found.gigabytes == pytest.approx(gigabytes)
     sampling = 3.6 + 8.2 * found.sample_batch / 616
+    used = found.stack * 26 / 6 + sampling + 13 + 4.6 + 0.5 * found.workers
+    assert used < 1.03 * gigabytes
     others = found.workers - found.stacks - found.samplers - found.trainers
-    used = found.stacks * found.stack * 25 / 15 + found.samplers * sampling + found.trainers * 13 + others * 4
-    assert used < 1.05 * gigabytes
     assert others > 0, "small stages must not wait for a large one"
 
 
 def test_an_80_gb_card_has_room_for_all_that_runs_side_by_side(card):
     found = card(79.2)
-    assert (found.sample_batch, found.stack, found.stacks) == (616, 6, 2)
-    assert (found.samplers, found.trainers, found.workers) == (2, 1, 10)
+    assert (found.sample_batch, found.stack, found.stacks) == (616, 4, 2)
+    assert (found.samplers, found.trainers, found.workers) == (2, 1, 8)
     assert card(24).workers == 1

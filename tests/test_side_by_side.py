@@ -10,7 +10,8 @@ import pytest
 import torch
 from jobs import Job
 
-from persona_coupling import mps, processes, progress, side_by_side
+from persona_coupling import machine as machine_module
+from persona_coupling import mps, processes, progress, room, side_by_side
 from persona_coupling.errors import UserError
 from persona_coupling.machine import machine
 from persona_coupling.store import Lab, Stage, Store, Work, in_order
@@ -173,7 +174,7 @@ def test_a_full_card_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, times
 @pytest.mark.parametrize("words", [CAPTURING, "another error"])
 def test_members_of_a_stack_that_found_the_card_full_are_made_alone(tmp_path, words):
     stages = [Crowded(str(tmp_path / f"tries{i}"), 0, words, together=True) for i in range(2)]
-    _, errors = side_by_side._make(stages, tmp_path / "store", "cpu")
+    errors = side_by_side._make(stages, tmp_path / "store", "cpu").errors
     made = [Store(tmp_path / "store").has(stage) for stage in stages]
     assert made == [words == CAPTURING] * 2
     assert len(errors) == (0 if words == CAPTURING else 2)
@@ -300,3 +301,72 @@ def test_few_processes_do_what_fills_the_card(store, speeds, workers, few, large
         assert not filled & others
     else:
         assert len(filled | others) <= workers
+
+
+@dataclass(frozen=True)
+class Large(Job):
+    """A stage whose work makes it a sampler or none."""
+
+    sampled: int = 0
+
+    def work(self):
+        return Work(sampled=self.sampled, scored=100)
+
+
+def test_what_the_card_has_no_room_for_waits(store, speeds, monkeypatch):
+    """Samplers of 40 GB on a card of 60: one at a time, though there are two processes for them; small ones beside it."""
+    monkeypatch.setattr("persona_coupling.room.SAMPLER_GB", 40.0)
+    monkeypatch.setattr("persona_coupling.room.ROW_GB", 0.0)
+    filling, small = [Large(f"a{n}", sampled=99) for n in range(4)], [Large(f"b{n}") for n in range(4)]
+    planned, beside = progress.plan([*filling, *small], store, speeds), []
+
+    class Watched(room.Room):
+        def fits(self, group, standing):
+            found = super().fits(group, standing)
+            if found and not beside:
+                self.observe = lambda *_: None  # a CPU has no peaks to tell
+            beside.extend([[*map(room.role, [g[0] for g in standing]), room.role(group[0])]] * found)
+            return found
+
+    monkeypatch.setattr(side_by_side, "Room", Watched)
+    progress.build(planned, store, sharing(workers=4, stack=2, samplers=2, gigabytes=60.0), speeds)
+    assert all(store.has(stage) for stage in (*filling, *small))
+    assert max(roles.count("sample") for roles in beside) == 1
+    assert any({"sample", "any"} <= set(roles) for roles in beside)
+
+
+class TestRoom:
+    PLACES: ClassVar = {"stack": 2, "sample": 2, "any": 3}
+
+    def room(self, gigabytes):
+        settings = replace(sharing(), gigabytes=gigabytes)
+        return room.Room(
+            settings, self.PLACES, lambda stage: room.role(stage) if room.role(stage) in self.PLACES else "any"
+        )
+
+    def test_needs_are_guessed_and_then_learnt(self):
+        made, job, cells = self.room(80.0), Large("a"), [Cell(1), Cell(2)]
+        assert made.need([job]) == machine_module.WORKER_GB
+        assert made.need(cells) == 2 * machine_module.CELL_GB
+        made.observe([job], 1.5, 0.5)
+        made.observe(cells, 1.0, 0.5)
+        assert made.need([Large("b")]) == 1.5
+        assert made.need(cells) == 2 * machine_module.CELL_GB, "it may have found the card full"
+        made.observe(cells, 30.0, 0.5)
+        made.observe([job], 0.5, 0.5)
+        assert made.need(cells[:1]) == 15
+        assert made.need([job]) == 1.5
+
+    def test_what_idle_processes_keep_is_not_free(self):
+        """Beside 3.5 GB of contexts: 9 of a running job, and 4 of each of two idle samplers, leave 1.5 of 22."""
+        made, job = self.room(22.0), Large("a")
+        made.observe([job], 9.0, 0.0)
+        assert made.fits([Large("b")], [[job]])
+        made.observe([Large("c", sampled=99)], 10.0, 4.0)
+        assert not made.fits([Large("b")], [[job]])
+        assert made.fits([Large("b")], []), "what is alone is tried"
+
+    def test_without_a_bound_everything_fits(self):
+        made = self.room(0.0)
+        made.observe([Large("a")], 900.0, 0.0)
+        assert made.fits([Large("b")], [[Large("a")]] * 9)

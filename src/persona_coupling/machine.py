@@ -13,9 +13,10 @@ from persona_coupling.errors import UserError
 
 SMALL = 1_000_000_000  # parameters of what counts as a small model
 CPU_WORKERS, WORKER_BYTES = 4, 5e9  # at most so many, with room for a small model's full fine-tuning in each
-# gigabytes of a GPU, measured with a 135M model: a cell in a stack, a cell that TRL trains alone, a process that samples
-# and each answer of those it samples at once, a worker that does neither
-CELL_GB, TRAINER_GB, SAMPLER_GB, ROW_GB, WORKER_GB = 1.7, 13.0, 3.6, 0.0134, 4.0
+# gigabytes of a GPU that a 135M model was measured to take at most: a cell in a stack, a cell that is trained alone, a
+# process that samples and each answer of those it samples at once, one that does neither, and any for its CUDA context
+# (estimated). First guesses: see `room`, which learns the rest
+CELL_GB, TRAINER_GB, SAMPLER_GB, ROW_GB, WORKER_GB, CONTEXT_GB = 4.3, 13.0, 3.6, 0.0134, 4.6, 0.5
 STACKS = 2  # trained side by side: two thirds of a small stack's time is its host's
 
 
@@ -35,6 +36,7 @@ class Machine:
     stacks: int = 1  # of such groups at a time
     samplers: int = 0  # of the workers, those that sample answers; 0: all of them
     trainers: int = 0  # likewise those that train a cell alone
+    gigabytes: float = 0.0  # of a GPU that they share; 0: without bound
     exact: bool = False  # small models are measured, and trained by TRL, in fp32 all the same
 
     @property
@@ -108,18 +110,14 @@ def _usual(device: str | None) -> Machine:
         # a token step of 616 answers costs the card as much as two of 160, and few processes then keep it busy: on an H100
         # six gave an evaluation each 0.8 s with 616 and eight one each 1.5 s with 160
         batch = min(616, int(8 * gigabytes)) if large else 96
-        stack = max(1, min(8, int(gigabytes / (12 if large else 5))))
-        left = gigabytes - STACKS * stack * CELL_GB
-        trainers = max(1, int(0.3 * left / TRAINER_GB))  # of full-parameter training there is little
-        left -= trainers * TRAINER_GB
-        sampling = SAMPLER_GB + ROW_GB * batch
-        samplers = max(1, int(0.75 * left / sampling))
-        others = max(1, min(6, int((left - samplers * sampling) / WORKER_GB)))
+        stack = max(1, min(8, int(gigabytes / (18 if large else 5))))
+        samplers, trainers = max(1, int(gigabytes / 35)), max(1, int(gigabytes / 70))
+        others = max(2, min(6, int(gigabytes / 20)))
         workers = min(STACKS + trainers + samplers + others, os.cpu_count() or 1) if large else 1
         scored = 16_384
         train = 16_384 if large else 4_096
         made = Machine(device, True, "sdpa", batch, 1_024, train, workers, scored, stack, STACKS, exact=True)
-        return replace(made, samplers=samplers, trainers=trainers) if workers > 1 else made
+        return replace(made, samplers=samplers, trainers=trainers, gigabytes=gigabytes) if workers > 1 else made
     # eager attention: SDPA's CPU backward costs 15 % of a step
     return Machine("cpu", cpu_has_fast_bf16(), "eager", 128, 32, 4_096, _cpu_workers())
 

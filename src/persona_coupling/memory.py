@@ -172,7 +172,7 @@ def release() -> None:
 
 
 def watch(device: str) -> None:
-    """From now on `peak` counts anew."""
+    """Give back what this process has of a GPU's memory without using it; from now on `peak` counts anew."""
     if device.startswith("cuda"):
         import torch
 
@@ -180,14 +180,14 @@ def watch(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak(device: str) -> dict[str, float]:
-    """The most of the GPU's memory that this process has had since `watch`, by `peak_gigabytes`; nothing on a CPU. Without
-    the half gigabyte of its CUDA context, and with what it keeps from one stage to the next."""
+def peak(device: str) -> float:
+    """The most gigabytes of a GPU's memory that this process has had since `watch`, what it keeps from one stage to the next
+    included and its CUDA context not; 0 for a CPU."""
     if not device.startswith("cuda"):
-        return {}
+        return 0.0
     import torch
 
-    return {"peak_gigabytes": round(torch.cuda.max_memory_reserved() / 2**30, 2)}
+    return float(torch.cuda.max_memory_reserved()) / 2**30
 
 
 def full(error: BaseException) -> bool:

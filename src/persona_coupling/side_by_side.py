@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_coupling import memory, mps, processes
+from persona_coupling.room import ANY, SAMPLE, STACK, TRAIN, Room, role
 from persona_coupling.store import Lab, Stage, Store
 
 if TYPE_CHECKING:
@@ -48,16 +50,23 @@ def build(
         for pool, places in pools.values():  # workers import while the first stages, on which all rest, are built
             for _ in range(min(places, len(missing))):
                 pool.submit(_ready)
+        room = Room(settings, {name: places for name, (_, places) in pools.items()}, lambda stage: _pool(stage, pools))
         while waiting or running:
             for stage in [s for s in waiting.values() if any(parent.key in failed for parent in s.parents())]:
                 failed[stage.key] = RuntimeError("a parent failed")
                 del waiting[stage.key]
+            standing = list(running.values())
             for group in groups(list(waiting.values()), list(running.values()), stack, stacks, ranks):
                 pool, places = _home(group, pools)
-                if sum(_home(other, pools)[0] is pool for other in running.values()) < places:
+                if sum(_home(other, pools)[0] is pool for other in standing) >= places:
+                    continue
+                if room.fits(group, standing):
                     running[pool.submit(_make, group, store.root, device)] = group
                     for stage in group:
                         del waiting[stage.key]
+                elif role(group[0]) != STACK:
+                    continue
+                standing.append(group)
             finished, _ = wait(running, timeout=TICK, return_when=FIRST_COMPLETED)
             while not reports.empty():
                 key, fraction = reports.get()
@@ -65,19 +74,20 @@ def build(
             for future in finished:
                 group = running.pop(future)
                 broken = future.exception()
-                seconds, errors = future.result() if broken is None else (0.0, {s.key: broken for s in group})
+                made = future.result() if broken is None else Made(0.0, dict.fromkeys((s.key for s in group), broken))
+                room.observe(group, made.peak, made.kept)
                 for stage in group:
-                    if stage.key in errors:
-                        failed[stage.key] = errors[stage.key]
-                        bar.write(f"{stage} failed: {errors[stage.key]}")
+                    if stage.key in made.errors:
+                        failed[stage.key] = made.errors[stage.key]
+                        bar.write(f"{stage} failed: {made.errors[stage.key]}")
                     else:
-                        speeds.observe(stage, seconds / len(group))
+                        speeds.observe(stage, made.seconds / len(group))
                     done += costs[stage.key]
             part = sum(shares.get(g[0].key, 0.0) * sum(costs[s.key] for s in g) for g in running.values())
             bar.update(done + part - bar.n)
             left = sum(len(group) for group in running.values())
-            made = len(missing) - len(waiting) - left - len(failed)
-            bar.set_description_str(f"{made}/{len(missing)} {left} running", refresh=False)
+            there = len(missing) - len(waiting) - left - len(failed)
+            bar.set_description_str(f"{there}/{len(missing)} {left} running", refresh=False)
     if failed:
         raise next(iter(failed.values()))
 
@@ -152,7 +162,6 @@ def cut(mates: list[Stage], stack: int, turns: Mapping[str, int] | None = None) 
 
 
 Pool = tuple[ProcessPoolExecutor, int]  # and its processes
-STACK, TRAIN, SAMPLE, ANY = "stack", "train", "sample", "any"
 
 
 @contextmanager
@@ -177,19 +186,13 @@ def _pools(settings: Machine, reports: Any, say: Callable[[str], object]) -> Ite
         yield {role: pool(size, gives_way=behind and role != STACK) for role, size in sizes.items() if size}
 
 
+def _pool(stage: Stage, pools: Mapping[str, Pool]) -> str:
+    return role(stage) if role(stage) in pools else ANY
+
+
 def _home(group: list[Stage], pools: Mapping[str, Pool]) -> Pool:
     """The pool that builds a group."""
-    return pools.get(_role(group[0]), pools[ANY])
-
-
-def _role(stage: Stage) -> str:
-    """What a stage mainly does. One that samples a few answers beside all that it reads keeps no large cache."""
-    if stage.stack_key() is not None:
-        return STACK
-    work = stage.work()
-    if work.trained:
-        return TRAIN
-    return SAMPLE if 10 * work.sampled > work.scored else ANY
+    return pools[_pool(group[0], pools)]
 
 
 def likeness(stage: Stage) -> tuple[str, ...]:
@@ -219,8 +222,19 @@ def _ready() -> None:
     """What a worker answers once it has been started."""
 
 
-def _make(stages: list[Stage], root: Path, device: str) -> tuple[float, dict[str, Exception]]:
-    """Build one stage, or several together, in a worker. Returns its seconds and the errors of those that failed."""
+@dataclass(frozen=True)
+class Made:
+    """What a worker did: seconds, errors of the stages that failed, by key, and gigabytes of a GPU's memory: the most that
+    it had of it meanwhile, and what it keeps."""
+
+    seconds: float
+    errors: Mapping[str, BaseException]
+    peak: float = 0.0
+    kept: float = 0.0
+
+
+def _make(stages: list[Stage], root: Path, device: str) -> Made:
+    """Build one stage, or several together, in a worker."""
     started = last = time.monotonic()
 
     def report(fraction: float) -> None:
@@ -229,17 +243,16 @@ def _make(stages: list[Stage], root: Path, device: str) -> tuple[float, dict[str
             last = time.monotonic()
             REPORTS.put((stages[0].key, fraction))
 
+    memory.watch(device)
     lab = Lab(Store(root), device=device, report=report)
     errors = lab.store.make_together(stages, lab) if len(stages) > 1 else {}
     errors = {key: error for key, error in errors.items() if not memory.full(error)}
     for stage in stages:
         if stage.key not in errors:
             _patiently(lab, stage)  # found the card full, or alone, or being made by another process, or there
-    if device.startswith("cuda"):  # what this worker keeps unused, the others on the card lack
-        import torch
-
-        torch.cuda.empty_cache()
-    return time.monotonic() - started, errors
+    peak = memory.peak(device)
+    memory.watch(device)  # what this worker keeps unused, the others on the card lack
+    return Made(time.monotonic() - started, errors, peak, memory.peak(device))
 
 
 def _patiently(lab: Lab, stage: Stage) -> None:

@@ -358,7 +358,7 @@ class Store:
             "provenance": {
                 **provenance.record(lab.device),
                 "seconds": round(seconds, 3),
-                **memory.peak(lab.device),
+                **({"peak_gigabytes": round(peak, 2)} if (peak := memory.peak(lab.device)) else {}),
                 **(notes or {}),
             },
         }
