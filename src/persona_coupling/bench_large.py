@@ -153,7 +153,7 @@ class Bench:
         asked, model = self.profile.evaluation, self.model(fp32=True)
         raw = Checkpoint(self.checkpoint.source)
         stage = Hidden(raw, asked.everyday, asked.values, self.profile.instruction)
-        model = model.to(getattr(torch, self.settings.dtype_name))
+        model = models.cast(model, getattr(torch, self.settings.dtype_name))
         self.fresh_peak()
         with tempfile.TemporaryDirectory() as folder, drawn_weights(model):
             seconds, _ = self.timed(lambda: stage.build(Path(folder), self.lab))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from persona_coupling import generate
+from persona_coupling import generate, models
 from persona_coupling.machine import machine
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def random_model(*, dtype: torch.dtype, device: str, attention: str, seed: int =
         model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         model.model.norm.weight.mul_(SHARPNESS)
-    return model.to(dtype=dtype).to(device)
+    return models.cast(model, dtype).to(device)
 
 
 def random_texts(count: int, shortest: int, longest: int, *, seed: int) -> list[list[int]]:
@@ -167,12 +167,10 @@ def _generate(model: PreTrainedModel, prompts: list[list[int]], pad: int, stop: 
     """New tokens of transformers' own sampler on left-padded prompts."""
     import torch
 
-    from persona_coupling.models import quiet_transformers
-
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    with torch.inference_mode(), quiet_transformers():
+    with torch.inference_mode(), models.quiet_transformers():
         out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_p=0.95, top_k=0,
                              max_new_tokens=NEW_TOKENS, pad_token_id=pad, eos_token_id=stop)  # fmt: skip
     new = out[:, width:]
@@ -191,7 +189,7 @@ def _material(random_weights: bool) -> tuple[PreTrainedModel, list[list[int]], l
         never = SHAPE["vocab_size"] - 1
         model.generation_config.eos_token_id = None
         return model, random_texts(SCORED, 40, 70, seed=0), random_texts(SCORED, 30, 90, seed=1), 2, int(never)
-    from persona_coupling import models, paths, personas, questions
+    from persona_coupling import paths, personas, questions
     from persona_coupling.corpora import authored_rows
     from persona_coupling.store import Lab, Store
     from persona_coupling.study import Study

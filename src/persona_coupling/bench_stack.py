@@ -48,7 +48,7 @@ def random_model(shape: dict[str, Any], device: str, *, bf16: bool) -> PreTraine
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa"))
-    return model.to(torch.bfloat16 if bf16 else torch.float32).to(device).eval()
+    return models.cast(model, torch.bfloat16 if bf16 else torch.float32).to(device).eval()
 
 
 def random_rows(count: int, words: int, *, shortest: int = 64, longest: int = 160) -> list[tuple[list[int], list[int]]]:

@@ -88,7 +88,7 @@ class Checkpoint:
         model = load_fp32(self.source, lab, device=settings.device, attention=settings.attention)
         for merged in self.merged:
             adapters.add(model, merged.read(lab, model.config.num_hidden_layers))
-        return model.to(dtype=getattr(torch, settings.of(model.num_parameters()).dtype_name)), tokenizer
+        return models.cast(model, getattr(torch, settings.of(model.num_parameters()).dtype_name)), tokenizer
 
 
 KEPT = 2  # small sources in memory at a time

@@ -63,7 +63,7 @@ def check(checkpoint: Checkpoint, lab: Lab) -> dict[str, Any]:
     shift = 0.0
     if rounds:
         with machine.products("tf32"):
-            model = model.to(getattr(torch, settings.dtype_name))
+            model = models.cast(model, getattr(torch, settings.dtype_name))
             rounded = heldout_losses(model, tokenizer, settings.score_batch, texts=ROUNDED)
         shift = float(rounded["loss"].mean() - exact)
     if abs(shift) > ROUNDING_TOLERANCE:

@@ -39,6 +39,7 @@ CONVERT = (
     "import sys, pathlib; from persona_coupling import models; models.convert_gguf(*map(pathlib.Path, sys.argv[1:]))"
 )
 POINTER = "pointer.json"
+FREQUENCIES = ("inv_freq", "original_inv_freq")  # buffers of a rotary embedding
 MODULES, ATTENTION, MLP = architecture.MODULES, architecture.ATTENTION, architecture.MLP
 
 
@@ -189,7 +190,7 @@ def _folder_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def convert_gguf(gguf: Path, folder: Path) -> None:
+def convert_gguf(path: Path, folder: Path) -> None:
     """De-quantise a GGUF file into a folder of safetensors and a complete tokenizer.
 
     transformers reads the file but refuses to save what it read, since its configuration still says "quantised"; so
@@ -199,9 +200,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with quiet_transformers():
-        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    with quiet_transformers(), _parsed_once():
+        read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         config = copy.deepcopy(read.config)
         del config.quantization_config
         config._name_or_path = ""
@@ -212,6 +213,23 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             settings.pad_token_id, settings.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
         fresh.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """A GGUF file that is read in here several times is parsed once. transformers does so for configuration, weights and
+    tokenizer, walking through all of the vocabulary each time, and asks for the table of tensor names once per tensor:
+    together most of a conversion's time."""
+    import gguf
+
+    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in before.items():
+            setattr(gguf, name, lru_cache(function))
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(gguf, name, function)
 
 
 def complete_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -267,6 +285,18 @@ def files(source: Stage, lab: Lab) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(target["repository"], revision=target["revision"], local_files_only=True))
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its weights in another format, in place. Rotary frequencies stay as they were, in fp32, as a model that
+    is loaded in a narrower format has them too: rounded to bf16 they are off by up to 0.3 %, and the rotation of a token
+    at position 150 by up to 0.2 rad."""
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers() if name.rsplit(".", 1)[-1] in FREQUENCIES}
+    model = model.to(dtype)
+    for name, buffer in kept.items():
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, buffer)
+    return model
 
 
 def load_tokenizer(source: Stage, lab: Lab) -> PreTrainedTokenizerBase:

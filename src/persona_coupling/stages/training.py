@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from persona_coupling import machine
+from persona_coupling import machine, models
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError, UserError
 from persona_coupling.rows import read_rows, with_system
@@ -48,7 +48,7 @@ class FineTune(Stage):
         model, tokenizer = self.start.load(lab)
         settings = machine.machine(lab.device).of(model.num_parameters())
         if self.training.lora is None:  # full fine-tuning updates fp32 master weights
-            model = model.to(torch.float32)
+            model = models.cast(model, torch.float32)
         log = train.fine_tune(
             model,
             tokenizer,
@@ -91,7 +91,7 @@ class FineTune(Stage):
         model, tokenizer = base.load(lab)
         if not captured.suits(model):
             return [_attempt(stage.by_trl, folder, lab) for stage, folder in zip(stages, folders, strict=True)]
-        model = model.to(getattr(torch, settings.dtype_name))
+        model = models.cast(model, getattr(torch, settings.dtype_name))
         frozen = [stage.start.beside(lab, base, model.config.num_hidden_layers) for stage in stages]
         return _write(stages, folders, frozen, model, tokenizer, settings, lab)
 
