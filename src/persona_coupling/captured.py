@@ -10,9 +10,11 @@ the norm clipped per cell, AdamW with transformers' defaults, transformers' sche
 from another stream of random numbers; in bf16, products are rounded in other places. Cells may differ in everything
 but batch size and dropout; one with fewer steps is held (learning rate and gradient 0) until the longest has finished.
 
-A graph has fixed shapes (see `batches`), one graph per length, all in one memory pool. Inputs of all steps are laid out
-on the device beforehand; per step the host only copies them into place, sets the
-learning rates, and replays. Without CUDA the same code runs uncaptured.
+A graph has fixed shapes (see `batches`), one graph per length, all in one memory pool. All are captured before the first
+step, the longest first, so that shorter ones fit into the memory it has taken; what each length's first, uncaptured
+pass took is given back before that, since otherwise activations are kept twice. Inputs of all steps are laid out on
+the device beforehand; per step the host only copies them into place, sets the learning rates, and replays. Without
+CUDA the same code runs uncaptured.
 """
 
 from __future__ import annotations
@@ -197,18 +199,15 @@ class _Steps:
         self.optimiser = _adamw(chains, adapters, self.rate)
         self.unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # 4-D masks are passed on as they are
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Batch]] = {}
-        self.pool: Any = None
-        self.stream = torch.cuda.Stream(device) if capture else None
+        if capture:
+            self._capture(device)
 
     def run(self, step: int) -> None:
         """One optimiser step of every cell that has steps left."""
         batch = self.batches[step]
         self.rate.copy_(self.rates[step])
         if self.capture:
-            length = batch.ids.shape[1]
-            if length not in self.graphs:
-                self.graphs[length] = self._captured(batch)
-            graph, inputs = self.graphs[length]
+            graph, inputs = self.graphs[batch.ids.shape[1]]
             inputs.copy_(batch)
             graph.replay()
         else:
@@ -217,18 +216,23 @@ class _Steps:
         self.record[0, step].copy_(self.loss)
         self.record[1, step].copy_(self.norm)
 
-    def _captured(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch]:
-        inputs, graph = batch.clone(), torch.cuda.CUDAGraph()
-        assert self.stream is not None
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self._gradients(inputs)  # libraries set themselves up at first use; gradients are overwritten, never added
-        torch.cuda.current_stream().wait_stream(self.stream)
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            self._gradients(inputs)
-            self._update()
-        self.pool = graph.pool()
-        return graph, inputs
+    def _capture(self, device: torch.device) -> None:
+        """A graph for every length."""
+        lengths = {batch.ids.shape[1]: batch for batch in self.batches}
+        longest_first = [lengths[length] for length in sorted(lengths, reverse=True)]
+        stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for batch in longest_first:  # libraries set themselves up at first use; gradients are overwritten, never added
+                self._gradients(batch)
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        for batch in longest_first:
+            inputs, graph = batch.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                self._gradients(inputs)
+                self._update()
+            self.graphs[batch.ids.shape[1]] = graph, inputs
 
     def _gradients(self, batch: Batch) -> None:
         """Loss of every cell, and the gradients of its adapter."""
