@@ -144,7 +144,7 @@ def test_bursts_buckets_and_strides_change_nothing(model, tokenizer, prompts, ma
         weights = transformer.Transformer(model)
         sampler = decode.Sampler(
             weights, places=64, length=width + 40, sampling=Sampling(1.0, 0.95, 10), stop=tokenizer.eos_token_id,
-            marker=marker, capture=False,
+            marker=marker, capture=False, cache=torch.float32,
         )  # fmt: skip
         sampler.capture = True  # all but the recording, which needs a stream
         sampler.weights = weights.detached()
@@ -346,6 +346,18 @@ def test_the_captured_sampler_writes_what_the_plain_one_writes(model, tokenizer,
     decode._kept.clear()
 
 
+@pytest.mark.parametrize("fault", [None, 1e5, float("nan")])
+def test_a_cache_that_fp16_cannot_hold_stays_as_wide_as_the_weights(model, tokenizer, prompts, monkeypatch, fault):
+    monkeypatch.setattr(kernels, "attends", lambda _tensor, _head: True)
+    read = generate.prefill(model, prompts, tokenizer.pad_token_id)
+    weights = transformer.Transformer(model)
+    assert decode._cache_format(weights, read) == torch.float32  # products have all bits here
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    if fault is not None:
+        read.cache.layers[1].keys[0, 0, 0, 0] = fault
+    assert decode._cache_format(weights, read) == (torch.float16 if fault is None else torch.float32)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the kernels are compiled for it")
 @pytest.mark.parametrize("sampling", [*DRAWS[:2], Sampling(1.3, 0.99, 1)])
@@ -363,6 +375,7 @@ def test_the_nucleus_kernels_draw_what_ranking_draws(sampling):
             equal = rows.gather(1, token[:, None]) == rows.gather(1, wanted[:, None])
             assert not (decided & ~equal[:, 0]).double().mean() > 0.02  # rounding of sums moves a boundary now and then
             assert bool(decided.all()) or deviation < 4
+            assert bool(decided.all()) or width > kernels.CANDIDATES[-1]
     few = torch.tensor(GAUSSIAN, device="cuda").expand(30_000, -1)
     for rows in (few.contiguous(), few.bfloat16().contiguous()):
         uniform = torch.tensor(generator.random(len(rows)), device="cuda")
@@ -373,8 +386,13 @@ def test_the_nucleus_kernels_draw_what_ranking_draws(sampling):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the kernels are compiled for it")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "TF32"])
 def test_kernels_do_what_torch_does(monkeypatch, dtype):
+    """With TF32 products the cache is in fp16, and both round as coarsely."""
+    bound = {torch.float32: 1e-5, torch.bfloat16: 1e-2, "TF32": 1e-3}[dtype]
+    precision = torch.get_float32_matmul_precision()
+    cache, dtype = (torch.float16, torch.float32) if dtype == "TF32" else (dtype, dtype)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high" if cache != dtype else precision)
     generator = torch.Generator("cuda").manual_seed(0)
     rows, heads, groups, size, length = 33, 9, 3, 64, 128
 
@@ -392,7 +410,8 @@ def test_kernels_do_what_torch_does(monkeypatch, dtype):
     mask.masked_fill_((at > slots[:, None]) | (at < pads[:, None]), float("-inf"))
 
     def everything():
-        turned, k, v = both.clone(), keys.clone(), values.clone()
+        kept = cache if kernels.fused(both) else dtype
+        turned, k, v = both.clone(), keys.to(kept, copy=True), values.to(kept, copy=True)
         kernels.rotate(turned, cosine, sine, heads + groups, (k, v, slots, groups))
         seen = None if kernels.fused(both) else mask[:, None, None]
         mixed = kernels.attend(turned[:, :heads], k, v, slots, pads, seen)
@@ -400,7 +419,7 @@ def test_kernels_do_what_torch_does(monkeypatch, dtype):
 
     ours = everything()
     assert kernels.fused(both)
+    assert kernels.cache_format(both, size) == cache
     monkeypatch.setattr(kernels, "fused", lambda _tensor: False)
-    bound = 1e-5 if dtype == torch.float32 else 1e-2
     for one, other in zip(ours, everything(), strict=True):
         assert (one.double() - other.double()).norm() < bound * other.double().norm()

@@ -23,7 +23,7 @@ import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -223,7 +223,9 @@ class _Steps:
         stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            for batch in longest_first:  # libraries set themselves up at first use; gradients are overwritten, never added
+            for (
+                batch
+            ) in longest_first:  # libraries set themselves up at first use; gradients are overwritten, never added
                 self._gradients(batch)
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BURST = 8  # captured steps between two looks of the host; more saves little and lets finished rows idle
-STRIDE = 64  # positions by which the read part of the cache grows: smaller saves bandwidth and captures more graphs
+STRIDE = 32  # positions by which the read part of the cache grows: smaller saves bandwidth and captures more graphs
 SLACK = 1e-6  # of a nucleus' mass: fp32 rounding of the sums that bound it
 TOKEN, SLOT, PAD, COUNT, FORCED, ACTIVE, STOPPED, HELD = range(8)  # columns of the rows' state
 
@@ -62,6 +62,7 @@ class Sampler:
         stop: int,
         marker: list[int],
         capture: bool,
+        cache: torch.dtype,
     ) -> None:
         self.weights = weights.detached() if capture else weights
         self.places, self.length, self.capture = places, length, capture
@@ -73,7 +74,7 @@ class Sampler:
         self.marker = torch.tensor(marker or [0], device=device)
         shape = (len(weights.layers), places, weights.groups, length, weights.head)
         # zeros: what is masked is multiplied by a weight of 0, and 0 times garbage may be NaN
-        self.keys = torch.zeros(shape, dtype=weights.dtype, device=device)
+        self.keys = torch.zeros(shape, dtype=cache, device=device)
         self.values = torch.zeros_like(self.keys)
         self.logits = torch.zeros(places, len(weights.readout), dtype=weights.dtype, device=device)
         # per row; the last row is nobody's, and so is the last column of what is written token by token
@@ -101,6 +102,11 @@ class Sampler:
             mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
         logits = self.weights.step(state[:, TOKEN], slots, pads, mask, self.keys, self.values)
         self.logits[:count] = logits
+        self.follow(count)
+
+    def follow(self, count: int) -> None:
+        """Draw from the logits of places 0 to `count` and keep the books."""
+        logits, state = self.logits[:count], self.state[self.order[:count]]
         norm = kernels.norms(logits)
         token, decided = self._draw(logits, norm, self._uniform(state, count))
         answering = (state[:, ACTIVE] == 1) & (state[:, FORCED] < 0)
@@ -223,11 +229,7 @@ class Sampler:
         self.state[:rows, PAD] = width - read.mask.sum(1)
         self.uniforms[:rows] = torch.from_numpy(uniforms).to(device)
         self.logits[:rows] = read.logits
-        first = generate.draw(read.logits, self.uniforms[:rows, 0], self.sampling)
-        padded = torch.zeros(count, dtype=torch.long, device=device)
-        padded[:rows] = first
-        nobody = torch.zeros(count, dtype=torch.bool, device=device)
-        self.advance(count, padded, nobody, kernels.norms(self.logits[:count]))
+        self.follow(count)
         steps, stride = 0, self.length if self.fused else STRIDE if self.capture else 1
         while True:
             report(min(steps, total - 1) / total)
@@ -283,6 +285,18 @@ def narrow_draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling)
     return token, (positions[:, 0] == positions[:, 1]) & (positions[:, 1] < k)
 
 
+def _cache_format(weights: Transformer, read: Prefill) -> torch.dtype:
+    """`kernels.cache_format`, unless what was read lies outside of that format's range."""
+    wanted = kernels.cache_format(weights.embedding, weights.head)
+    if wanted == torch.float16:
+        largest = torch.stack(
+            [x.abs().amax() for layer in read.cache.layers for x in (layer.keys, layer.values)]
+        ).amax()
+        if not largest < kernels.RANGE:
+            return weights.dtype
+    return wanted
+
+
 _kept: dict[tuple, Sampler] = {}  # at most one: its buffers are as large as a batch's cache
 
 
@@ -306,10 +320,11 @@ def sample(
         weights = Transformer(model)
         needed = width + sampling.max_new_tokens + len(marker)
         places, length = (bucket(rows), -(-needed // STRIDE) * STRIDE) if capture else (rows, needed)
-        settings = {"sampling": sampling, "stop": stop, "marker": marker, "capture": capture}
+        cache = _cache_format(weights, read)
+        settings = {"sampling": sampling, "stop": stop, "marker": marker, "capture": capture, "cache": cache}
         if not capture:
             return Sampler(weights, places=places, length=length, **settings).sample(weights, read, uniforms, report)
-        key = (weights.signature(), sampling, stop, tuple(marker), generate.NUCLEUS_CANDIDATES)
+        key = (weights.signature(), sampling, stop, tuple(marker), generate.NUCLEUS_CANDIDATES, cache)
         kept = _kept.get(key)
         if kept is None or kept.places < places or kept.length < length:
             if kept is not None:

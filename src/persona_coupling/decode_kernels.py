@@ -17,7 +17,10 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from torch import Tensor
 
-CANDIDATES = 4096  # tokens among which `nucleus` looks; a nucleus that may be wider is left undecided
+# tokens among which `nucleus` looks, in a pass for most rows and one for the few that need it; a nucleus that may be wider
+# still is left undecided
+CANDIDATES = (4_096, 16_384)
+RANGE = 2.0**15  # of keys and values that are kept in fp16, whose largest number is nearly twice that
 
 try:
     import triton
@@ -35,6 +38,13 @@ def attends(tensor: Tensor, head: int) -> bool:
     """Whether `attend` has a kernel for heads of that width on this tensor's device: Triton's product takes powers of two
     from 16."""
     return fused(tensor) and head >= 16 and head & (head - 1) == 0
+
+
+def cache_format(weights: Tensor, head: int) -> torch.dtype:
+    """The format of a cache of keys and values for `attend`: that of the weights, but fp16 where products round their fp32
+    factors to TF32, which has as many significant bits (11). Reading the cache is what a step with many rows waits for."""
+    rounds = weights.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return torch.float16 if rounds and attends(weights, head) else weights.dtype
 
 
 def rotate(
@@ -100,25 +110,29 @@ def nucleus(logits: Tensor, norm: Tensor, uniform: Tensor, scale: float, top_p: 
     the same order, the last level that belongs to the nucleus, and then the level at which the drawn token lies. Tokens
     of equal probability are taken in the vocabulary's order.
     """
-    rows = len(logits)
-    chance = torch.empty(rows, CANDIDATES, device=logits.device, dtype=torch.float32)
-    token = torch.empty(rows, CANDIDATES, device=logits.device, dtype=torch.int32)
+    rows, most = len(logits), CANDIDATES[-1]
+    chance = torch.empty(rows, most, device=logits.device, dtype=torch.float32)
+    token = torch.empty(rows, most, device=logits.device, dtype=torch.int32)
     count = torch.empty(rows, device=logits.device, dtype=torch.int32)
-    drawn = torch.empty(rows, device=logits.device, dtype=torch.long)
+    drawn = torch.zeros(rows, device=logits.device, dtype=torch.long)  # a token, too, where nothing is decided
     _candidates[(rows,)](
         logits, norm, chance, token, count, logits.shape[1], scale, top_p,
-        CAPACITY=CANDIDATES, WEIGHED=2048, BLOCK=4096, EDGES=8, num_warps=8,
+        CAPACITY=most, WEIGHED=2048, BLOCK=4096, EDGES=8, num_warps=8,
     )  # fmt: skip
-    _pick[(rows,)](chance, token, count, uniform, drawn, top_p, CAPACITY=CANDIDATES, num_warps=8)
-    return drawn, count <= CANDIDATES
+    for fewer, capacity in zip((-1, *CANDIDATES), CANDIDATES, strict=False):
+        _pick[(rows,)](
+            chance, token, count, uniform, drawn, top_p, most, fewer, CAPACITY=capacity, num_warps=capacity // 1024 * 2
+        )
+    return drawn, count <= most
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor, pads: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of one query per row and head over the row's cache, shape (rows, heads x head).
 
-    `queries` (rows, heads, head) may be strided; caches have shape (rows or more, groups, length, head); a row sees
-    positions `pads` to `slots`, both included. Heads that share a key are so many queries of it: keys are never
-    repeated. `mask` says the same for torch, (rows, 1, 1, reach), added to scores; the kernel reads only what a row sees.
+    `queries` (rows, heads, head) may be strided; caches have shape (rows or more, groups, length, head), and products are
+    computed in their format; a row sees positions `pads` to `slots`, both included. Heads that share a key are so many
+    queries of it: keys are never repeated. `mask` says the same for torch, (rows, 1, 1, reach), added to scores; the
+    kernel reads only what a row sees.
     """
     count, heads, size = queries.shape
     groups, length = keys.shape[1], keys.shape[2]
@@ -167,12 +181,12 @@ if triton is not None:  # untyped: the compiler looks annotations up, and knows 
             slot = tl.load(slots + token)
             is_key = turns & (head >= TURNING - GROUPS)
             place = ((token * GROUPS + head - (TURNING - GROUPS)) * length + slot) * HALF * 2 + at
-            tl.store(keys + place, first.to(heads.dtype.element_ty), mask=is_key)
-            tl.store(keys + place + HALF, second.to(heads.dtype.element_ty), mask=is_key)
+            tl.store(keys + place, first.to(keys.dtype.element_ty), mask=is_key)
+            tl.store(keys + place + HALF, second.to(keys.dtype.element_ty), mask=is_key)
             is_value = inside & (head >= TURNING)
             place = ((token * GROUPS + head - TURNING) * length + slot) * HALF * 2 + at
-            tl.store(values + place, one.to(heads.dtype.element_ty), mask=is_value)
-            tl.store(values + place + HALF, two.to(heads.dtype.element_ty), mask=is_value)
+            tl.store(values + place, one.to(values.dtype.element_ty), mask=is_value)
+            tl.store(values + place + HALF, two.to(values.dtype.element_ty), mask=is_value)
 
     @triton.jit
     def _gated(both, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -231,40 +245,42 @@ if triton is not None:  # untyped: the compiler looks annotations up, and knows 
 
     @triton.jit
     def _pick(  # type: ignore[no-untyped-def]
-        chance, token, count, uniform, drawn, top_p, CAPACITY: tl.constexpr
+        chance, token, count, uniform, drawn, top_p, most, fewer, CAPACITY: tl.constexpr
     ):
         row = tl.program_id(0).to(tl.int64)
-        at = tl.arange(0, CAPACITY)
-        inside = at < tl.load(count + row)
-        likely = tl.load(chance + row * CAPACITY + at, mask=inside, other=0.0)
-        level = likely.to(tl.int32, bitcast=True)
-        exact = likely.to(tl.float64)
-        low, high = 0, 1 << 30  # as a float: 2
-        for _ in range(30):
-            middle = (low + high) // 2
-            enough = tl.sum(tl.where(level >= middle, exact, 0.0), 0) >= top_p
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle)
-        last = low
-        above = tl.sum(tl.where(level > last, exact, 0.0), 0)
-        each = tl.max(tl.where(level == last, exact, 0.0), 0)
-        equal = tl.sum((level == last).to(tl.int32), 0)
-        taken = tl.minimum(tl.maximum(tl.ceil((top_p - above) / each), 1.0), equal.to(tl.float64))
-        target = tl.load(uniform + row).to(tl.float64) * (above + taken * each)
-        high = 1 << 30
-        for _ in range(30):
-            middle = (low + high) // 2
-            beyond = tl.sum(tl.where(level >= middle, exact, 0.0), 0) > target
-            low = tl.where(beyond, middle, low)
-            high = tl.where(beyond, high, middle)
-        above = tl.sum(tl.where(level > low, exact, 0.0), 0)
-        each = tl.max(tl.where(level == low, exact, 0.0), 0)
-        equal = tl.sum((level == low).to(tl.int32), 0).to(tl.float64)
-        rank = tl.minimum(tl.floor((target - above) / each), tl.where(low == last, taken, equal) - 1.0)
-        rank = tl.maximum(rank, 0.0).to(tl.int32)
-        order = tl.cumsum((level == low).to(tl.int32), 0) - 1
-        here = (level == low) & (order == rank)
-        tl.store(drawn + row, tl.sum(tl.where(here, tl.load(token + row * CAPACITY + at, mask=inside, other=0), 0), 0))
+        number = tl.load(count + row)
+        if (number > fewer) & (number <= CAPACITY):
+            at = tl.arange(0, CAPACITY)
+            inside = at < number
+            likely = tl.load(chance + row * most + at, mask=inside, other=0.0)
+            level = likely.to(tl.int32, bitcast=True)
+            exact = likely.to(tl.float64)
+            low, high = 0, 1 << 30  # as a float: 2
+            for _ in range(30):
+                middle = (low + high) // 2
+                enough = tl.sum(tl.where(level >= middle, exact, 0.0), 0) >= top_p
+                low = tl.where(enough, middle, low)
+                high = tl.where(enough, high, middle)
+            last = low
+            above = tl.sum(tl.where(level > last, exact, 0.0), 0)
+            each = tl.max(tl.where(level == last, exact, 0.0), 0)
+            equal = tl.sum((level == last).to(tl.int32), 0)
+            taken = tl.minimum(tl.maximum(tl.ceil((top_p - above) / each), 1.0), equal.to(tl.float64))
+            target = tl.load(uniform + row).to(tl.float64) * (above + taken * each)
+            high = 1 << 30
+            for _ in range(30):
+                middle = (low + high) // 2
+                beyond = tl.sum(tl.where(level >= middle, exact, 0.0), 0) > target
+                low = tl.where(beyond, middle, low)
+                high = tl.where(beyond, high, middle)
+            above = tl.sum(tl.where(level > low, exact, 0.0), 0)
+            each = tl.max(tl.where(level == low, exact, 0.0), 0)
+            equal = tl.sum((level == low).to(tl.int32), 0).to(tl.float64)
+            rank = tl.minimum(tl.floor((target - above) / each), tl.where(low == last, taken, equal) - 1.0)
+            rank = tl.maximum(rank, 0.0).to(tl.int32)
+            order = tl.cumsum((level == low).to(tl.int32), 0) - 1
+            here = (level == low) & (order == rank)
+            tl.store(drawn + row, tl.sum(tl.where(here, tl.load(token + row * most + at, mask=inside, other=0), 0), 0))
 
     @triton.jit
     def _attend(  # type: ignore[no-untyped-def]
@@ -280,7 +296,7 @@ if triton is not None:  # untyped: the compiler looks annotations up, and knows 
         at = tl.arange(0, SIZE)
         real = (head < SHARED)[:, None] & (at < SIZE)[None, :]
         offset = (group * SHARED + head)[:, None] * SIZE + at[None, :]
-        query = tl.load(queries + row * stride + offset, mask=real, other=0.0)
+        query = tl.load(queries + row * stride + offset, mask=real, other=0.0).to(keys.dtype.element_ty)
         cache = (row * GROUPS + group) * length * SIZE
         highest = tl.full([PADDED], float("-inf"), tl.float32)
         total = tl.zeros([PADDED], tl.float32)

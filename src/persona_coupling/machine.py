@@ -109,7 +109,7 @@ def _usual(device: str | None) -> Machine:
         large = gigabytes > 30
         # a token step of 616 answers costs the card as much as two of 160, and few processes then keep it busy: on an H100
         # six gave an evaluation each 0.8 s with 616 and eight one each 1.5 s with 160
-        batch = min(616, int(8 * gigabytes)) if large else 96
+        batch = min(1_232, int(16 * gigabytes)) if large else 96
         stack = max(1, min(8, int(gigabytes / (18 if large else 5))))
         samplers, trainers = max(1, int(gigabytes / 35)), max(1, int(gigabytes / 70))
         others = max(2, min(6, int(gigabytes / 20)))
