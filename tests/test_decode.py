@@ -354,7 +354,8 @@ def test_a_cache_that_fp16_cannot_hold_stays_as_wide_as_the_weights(model, token
     assert decode._cache_format(weights, read) == torch.float32  # products have all bits here
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     if fault is not None:
-        read.cache.layers[1].keys[0, 0, 0, 0] = fault
+        with torch.inference_mode():
+            read.cache.layers[1].keys[0, 0, 0, 0] = fault
     assert decode._cache_format(weights, read) == (torch.float16 if fault is None else torch.float32)
 
 
