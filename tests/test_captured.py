@@ -281,6 +281,41 @@ def test_the_written_gradients_are_autograds(p):
     torch.testing.assert_close(x.grad, again.grad)
 
 
+@pytest.mark.parametrize(("dtype", "repeated"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_grouped_keys_are_repeated_in_fp32(monkeypatch, dtype, repeated):
+    """Four heads on two keys, against scores, mask and softmax written out, gradients included; what torch's attention is
+    given has a key per head in fp32, whose kernel on CUDA knows no groups, and the groups as they are in bf16."""
+    given, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, value, **named):
+        given.append((query.shape[1], key.shape[1], value.shape[1], named["enable_gqa"]))
+        return attention(query, key, value, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, heads, 5, 8, generator=generator).to(dtype).requires_grad_() for heads in (4, 2, 2)]
+    out, _ = stacked._causal(torch.nn.Identity(), *inputs, None, scaling=0.3)
+    query, key, value = (x.detach().float().requires_grad_() for x in inputs)
+    wanted = torch.stack(
+        [
+            (0.3 * query[:, head] @ key[:, head // 2].transpose(1, 2))
+            .masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+            .softmax(-1)
+            @ value[:, head // 2]
+            for head in range(4)
+        ],
+        dim=2,
+    )
+    near = {"rtol": 1e-4, "atol": 1e-5} if repeated else {"rtol": 2e-2, "atol": 5e-2}
+    torch.testing.assert_close(out.float(), wanted, **near)
+    weights = torch.randn(wanted.shape, generator=generator)
+    (out.float() * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    for ours, theirs in zip(inputs, (query, key, value), strict=True):
+        torch.testing.assert_close(ours.grad.float(), theirs.grad, **near)
+    assert given == [(4, 4, 4, False) if repeated else (4, 2, 2, True)]
+
+
 def test_dropout_is_drawn_per_cell_layer_and_step():
     """Shares of zeros within 4 standard errors of p, scaled to keep the mean; masks of two cells are unrelated."""
     torch.manual_seed(0)
@@ -324,13 +359,18 @@ def test_trained_padding_is_refused(model, tokenizer):
 
 
 def test_the_model_is_left_as_it_was(model, tokenizer, cpu, monkeypatch):
+    """Weights, modules, attention, and which parameters want gradients; none was given one, though norms and the
+    projections that the cell does not adapt are the library's own here."""
+    model.model.norm.weight.requires_grad_(False)
+    wanting = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     kinds, attention = [type(m) for m in model.modules()], model.config._attn_implementation
 
     def unchanged():
         assert [type(m) for m in model.modules()] == kinds
         assert model.config._attn_implementation == attention
-        assert all(p.requires_grad and torch.equal(p, before[n]) for n, p in model.named_parameters())
+        assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == wanting
+        assert all(p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
 
     captured.train_together(model, [chain(tokenizer, *CELLS[2])], cpu, nothing)
     unchanged()

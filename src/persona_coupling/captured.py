@@ -13,13 +13,18 @@ but batch size and dropout; one with fewer steps is held (learning rate and grad
 A graph has fixed shapes (see `batches`), one graph per length, all in one memory pool. Inputs of all steps are laid out
 on the device beforehand; per step the host only copies them into place, sets the
 learning rates, and replays. Without CUDA the same code runs uncaptured.
+
+The base is in bf16, with what the cells' starts add to it beside it. A start with a dense change has no such form, and
+rounded it would lose part of that change: a cell on one is trained alone, a stack of one, on its merged start in fp32
+(`FineTune.on_merged`), where `fused` has no kernels and the library's own modules run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +84,7 @@ def train_together(
     with (
         train.seeded(chains[0].settings.draws(chains[0].seed)),
         torch.no_grad(),
+        _unneeded(model),
         stacked.attached(model, adapters, frozen, p=loras[0].dropout, random=random),
     ):
         steps = _Steps(model, chains, adapters, random, capture=capture)
@@ -97,6 +103,20 @@ def train_together(
         Trained(log, saved[chain.settings.steps], {s: f for s, f in saved.items() if s in chain.settings.snapshots})
         for chain, log, saved in zip(chains, logs, snapshots, strict=True)
     ]
+
+
+@contextlib.contextmanager
+def _unneeded(model: PreTrainedModel) -> Iterator[None]:
+    """No parameter of the model gets a gradient in here: those of norms and of layers without an adapter would be computed
+    and kept in vain wherever the library's own modules run."""
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in required:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, before in required:
+            parameter.requires_grad_(before)
 
 
 def suits(model: PreTrainedModel) -> bool:
