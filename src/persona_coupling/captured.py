@@ -15,13 +15,21 @@ step, the longest first, so that shorter ones fit into the memory it has taken; 
 pass took is given back before that, since otherwise activations are kept twice. Inputs of all steps are laid out on
 the device beforehand; per step the host only copies them into place, sets the learning rates, and replays. Without
 CUDA the same code runs uncaptured.
+A graph has fixed shapes (see `batches`), one graph per length, all in one memory pool. Inputs of all steps are laid out
+on the device beforehand; per step the host only copies them into place, sets the
+learning rates, and replays. Without CUDA the same code runs uncaptured.
+
+The base is in bf16, with what the cells' starts add to it beside it. A start with a dense change has no such form, and
+rounded it would lose part of that change: a cell on one is trained alone, a stack of one, on its merged start in fp32
+(`FineTune.on_merged`), where `fused` has no kernels and the library's own modules run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -81,6 +89,7 @@ def train_together(
     with (
         train.seeded(chains[0].settings.draws(chains[0].seed)),
         torch.no_grad(),
+        _unneeded(model),
         stacked.attached(model, adapters, frozen, p=loras[0].dropout, random=random),
     ):
         steps = _Steps(model, chains, adapters, random, capture=capture)
@@ -99,6 +108,20 @@ def train_together(
         Trained(log, saved[chain.settings.steps], {s: f for s, f in saved.items() if s in chain.settings.snapshots})
         for chain, log, saved in zip(chains, logs, snapshots, strict=True)
     ]
+
+
+@contextlib.contextmanager
+def _unneeded(model: PreTrainedModel) -> Iterator[None]:
+    """No parameter of the model gets a gradient in here: those of norms and of layers without an adapter would be computed
+    and kept in vain wherever the library's own modules run."""
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in required:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, before in required:
+            parameter.requires_grad_(before)
 
 
 def suits(model: PreTrainedModel) -> bool:
@@ -223,9 +246,7 @@ class _Steps:
         stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            for (
-                batch
-            ) in longest_first:  # libraries set themselves up at first use; gradients are overwritten, never added
+            for batch in longest_first:  # libraries set themselves up at first use; no gradient is added to another
                 self._gradients(batch)
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()

@@ -39,7 +39,8 @@ def _kernels() -> Any:
 
 
 def kernels_for(values: torch.Tensor) -> Any:
-    """The kernels, if `values` can be given to them, else None; fp32 is for comparisons, and goes without."""
+    """The kernels, if `values` can be given to them, else None; fp32, for comparisons and for cells on a dense change,
+    goes without."""
     return _kernels() if ALLOWED and values.is_cuda and values.dtype == torch.bfloat16 else None
 
 
@@ -169,7 +170,7 @@ def _rotate_both(
 
 @contextlib.contextmanager
 def faster(model: PreTrainedModel) -> Iterator[None]:
-    """On CUDA: RMS norms, the gated activation and the rotary embedding of a Llama-like model in one kernel each.
+    """On CUDA in bf16: RMS norms, the gated activation and the rotary embedding of a Llama-like model in one kernel each.
     Elsewhere nothing. Raises GuardError if a layer lacks one of them: then the architecture is another one."""
     device = next(model.parameters()).device
     if device.type != "cuda" or not ALLOWED or model.dtype != torch.bfloat16:

@@ -37,7 +37,7 @@ class Machine:
     samplers: int = 0  # of the workers, those that sample answers; 0: all of them
     trainers: int = 0  # likewise those that train a cell alone
     gigabytes: float = 0.0  # of a GPU that they share; 0: without bound
-    exact: bool = False  # small models are measured, and trained by TRL, in fp32 all the same
+    exact: bool = False  # small models are measured, and trained alone, in fp32 all the same
 
     @property
     def dtype_name(self) -> str:

@@ -265,8 +265,14 @@ def _causal(
     dropout: float = 0.0,
     **_ignored: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention over (rows, heads, length, size). A mask of the library's would keep CUDA from flash attention."""
+    """Causal attention over (rows, heads, length, size). A mask of the library's would keep CUDA from flash attention,
+    which is for 16 bits; its kernel for fp32 takes no grouped keys, so they are repeated there: otherwise torch would
+    compute every score of every row, slowly and in much memory."""
     groups = query.shape[1] != key.shape[1]
+    if groups and query.dtype == torch.float32:
+        times = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
+        groups = False
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=groups
     )

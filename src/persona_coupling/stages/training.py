@@ -33,19 +33,30 @@ class FineTune(Stage):
     def build(self, folder: Path, lab: Lab) -> dict[str, Any]:
         """Load, train, save. Rows without a system message get the plain assistant's."""
         if machine.machine(lab.device).stack > 1 and self.stack_key() is not None:
-            (outcome,) = self.build_together([self], [folder], lab)
-            if isinstance(outcome, Exception):
-                raise outcome
-            return outcome
+            return _raised(self.build_together([self], [folder], lab))
+        if machine.machine(lab.device).stack > 1 and self.training.lora is not None:
+            return self.on_merged(folder, lab)
         return self.by_trl(folder, lab)
 
-    def by_trl(self, folder: Path, lab: Lab) -> dict[str, Any]:
-        """`build` through TRL's trainer, on the merged start."""
+    def on_merged(self, folder: Path, lab: Lab) -> dict[str, Any]:
+        """`build` of an adapter through `captured`, alone, on the merged start in fp32; through TRL where the machine would
+        round what was merged, or the model does not suit."""
+        from persona_coupling import captured
+
+        model, tokenizer = self.start.load(lab)
+        settings = machine.machine(lab.device).of(model.num_parameters())
+        if settings.bf16 or not captured.suits(model):
+            return self.by_trl(folder, lab, loaded=(model, tokenizer))
+        return _raised(_write([self], [folder], [()], model, tokenizer, settings, lab, how=" fp32"))
+
+    def by_trl(self, folder: Path, lab: Lab, *, loaded: tuple[Any, Any] | None = None) -> dict[str, Any]:
+        """`build` through TRL's trainer, on the merged start; `loaded` is that start with its tokenizer, where it is at
+        hand."""
         import torch
 
         from persona_coupling import train
 
-        model, tokenizer = self.start.load(lab)
+        model, tokenizer = loaded or self.start.load(lab)
         settings = machine.machine(lab.device).of(model.num_parameters())
         if self.training.lora is None:  # full fine-tuning updates fp32 master weights
             model = models.cast(model, torch.float32)
@@ -73,7 +84,8 @@ class FineTune(Stage):
 
     def stack_key(self) -> Hashable:
         """Cells that share source, batch size and dropout can be trained on the source, what their starts add to it beside
-        it. A dense change has no such form, and a base that is rounded to bf16 would undo part of it."""
+        it. A dense change has no such form, and a base that is rounded to bf16 would undo part of it: on one, each cell is
+        trained alone, on its merged start in fp32 (`on_merged`)."""
         lora = self.training.lora
         if lora is None or not all(merged.change.low_rank for merged in self.start.merged):
             return None
@@ -127,6 +139,14 @@ def twin(checkpoint: Checkpoint) -> Checkpoint:
 FAILURES = (GuardError, UserError, OSError, RuntimeError, ValueError, KeyError)
 
 
+def _raised(outcomes: list[dict[str, Any] | Exception]) -> dict[str, Any]:
+    """The record of a stage that was built alone; its error is raised."""
+    (outcome,) = outcomes
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
 def _attempt(do: Callable[..., Any], *arguments: Any) -> Any:
     """What `do` returns, or the error it raises: a member's failure is not the stack's."""
     try:
@@ -143,8 +163,10 @@ def _write(
     tokenizer: Any,
     settings: machine.Machine,
     lab: Lab,
+    *,
+    how: str = "",
 ) -> list[dict[str, Any] | Exception]:
-    """Train stages on one model through `captured` and write each into its folder."""
+    """Train stages on one model through `captured` and write each into its folder; their records end in `how`."""
     from persona_coupling import batches, captured, drawn, train
 
     encoded: dict[tuple[str, str, int], train.Encoded] = {}  # rows that several cells share, once
@@ -163,7 +185,7 @@ def _write(
         trained, size = made
         drawer.save(chained.settings, trained.adapter, trained.snapshots, folder)
         pd.DataFrame(trained.log).to_parquet(folder / "log.parquet", compression="zstd", index=False)
-        return {"trainer": f"captured x{size}"}
+        return {"trainer": f"captured x{size}{how}"}
 
     drawer = drawn.Drawer(model)
     outcomes = [_attempt(chain, stage, beside) for stage, beside in zip(stages, frozen, strict=True)]
