@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from transformers import DynamicCache, MistralConfig
 
 from persona_coupling import generate, models
 from persona_coupling.generate import Sampling
@@ -130,6 +131,101 @@ def test_continuation_logprobs_are_teacher_forcing_and_leave_the_prefill(model, 
         assert torch.equal(layer.values, values)
     assert torch.equal(prefill.logits, logits)
     assert torch.equal(prefill.mask, mask)
+
+
+def batches(model, body):
+    """How many rows each forward in `body` read."""
+    seen = []
+    handle = model.model.register_forward_pre_hook(
+        lambda _m, _a, named: seen.append(len(named["input_ids"])), with_kwargs=True
+    )
+    body()
+    handle.remove()
+    return seen
+
+
+def test_equal_continuations_are_read_once_or_each_on_its_own(model, tokenizer, prompts):
+    tail = models.text_ids(tokenizer, "\n\n[ZLT]")
+    continuations = [[40, 50, *tail], [60, *tail], [40, 50, *tail], [40, 50, *tail]]
+    prefill = read(model, tokenizer, [prompts[0], prompts[1], prompts[0], prompts[1]])
+    found = {}
+    for apart, expected in ((False, 3), (True, 4)):
+
+        def body(apart=apart):
+            found[apart] = generate.continuation_logprobs(model, prefill, continuations, len(tail), apart=apart)
+
+        assert batches(model, body) == [expected]
+    wanted = [
+        forced(model, prompts[row % 2], continuation)[-len(tail) :] for row, continuation in enumerate(continuations)
+    ]
+    for values in found.values():
+        np.testing.assert_allclose(values, wanted, atol=1e-4)
+    assert np.ptp(np.sum(wanted, axis=1)) > 0.01, "the rows must differ here"
+
+
+def test_what_a_hook_does_to_a_row_stays_with_the_row(model, tokenizer, prompts):
+    """Rows that are read apart go through the model in their own order, equal ones too."""
+    tail = models.text_ids(tokenizer, "\n\n[ZLT]")
+    prefill = read(model, tokenizer, [prompts[0]] * 3)
+    shift = torch.tensor([0.0, 2.0, 5.0])[:, None, None]
+    handle = model.model.layers[0].register_forward_hook(lambda _m, _i, output: output + shift)
+    together = generate.continuation_logprobs(model, prefill, [[40, *tail]] * 3, len(tail), apart=True)
+    handle.remove()
+    for row, amount in enumerate(shift.flatten().tolist()):
+        single = prefill.chosen([row])
+        handle = model.model.layers[0].register_forward_hook(lambda _m, _i, output, amount=amount: output + amount)
+        alone = generate.continuation_logprobs(model, single, [[40, *tail]], len(tail))
+        handle.remove()
+        np.testing.assert_allclose(together[row], alone[0], atol=1e-4)
+    assert np.ptp(together.sum(1)) > 0.01, "the hook must matter here"
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_many_continuations_are_read_in_parts(model, tokenizer, prompts, monkeypatch, apart):
+    monkeypatch.setattr(generate, "FORCED", 2)
+    tail = models.text_ids(tokenizer, "\n\n[ZLT]")
+    continuations = [[40 + number] * (1 + number) + tail for number in range(5)]  # of different lengths
+    prefill, found = read(model, tokenizer, prompts), []
+
+    def body():
+        found.append(generate.continuation_logprobs(model, prefill, continuations, len(tail), apart=apart))
+
+    assert batches(model, body) == [2, 2, 1]
+    wanted = [forced(model, p, c)[-len(tail) :] for p, c in zip(prompts, continuations, strict=True)]
+    np.testing.assert_allclose(found[0], wanted, atol=1e-4)
+
+
+def test_rows_of_a_prefill_are_chosen_without_a_copy(model, tokenizer, prompts):
+    prefill = read(model, tokenizer, prompts)
+    chosen = prefill.chosen([3, 1, 1, 4])
+    assert chosen.cache is prefill.cache
+    assert len(prefill.cache.layers[0].keys) == len(prompts)
+    tail = models.text_ids(tokenizer, "\n\n[ZLT]")
+    found = generate.continuation_logprobs(model, chosen, [[40, *tail]] * 4, len(tail))
+    wanted = [forced(model, prompts[row], [40, *tail])[-len(tail) :] for row in (3, 1, 1, 4)]
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    torch.testing.assert_close(chosen.logits, prefill.logits[[3, 1, 1, 4]])
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_copied_cache_has_its_rows_and_a_life_of_its_own(window):
+    """Layers with a window forget, and go on counting what they forgot."""
+    config = MistralConfig(num_hidden_layers=2, sliding_window=window)
+    cache, states = DynamicCache(config=config), torch.randn(2, 3, 2, 6, 8)
+    for layer, keys in enumerate(states):
+        cache.update(keys, -keys, layer)
+    rows = torch.tensor([2, 0, 0, 1, 2])
+    copied = generate._copied(cache, rows)
+    for layer, keys in enumerate(states):
+        held = keys[:, :, -window + 1 :] if window else keys
+        torch.testing.assert_close(copied.layers[layer].keys, held[rows])
+        torch.testing.assert_close(copied.layers[layer].values, -held[rows])
+        assert copied.get_mask_sizes(1, layer) == cache.get_mask_sizes(1, layer)
+        copied.update(torch.zeros(5, 2, 1, 8), torch.zeros(5, 2, 1, 8), layer)
+        copied.layers[layer].keys.zero_()
+        torch.testing.assert_close(cache.layers[layer].keys, held)
+        assert cache.layers[layer].get_seq_length() == 6
+        assert copied.layers[layer].get_seq_length() == 7
 
 
 def test_sequence_logprobs_are_the_models_own_loss(model, tokenizer, prompts):

@@ -1,5 +1,7 @@
 """States read off the residual stream, tables of their shift, and vectors added to it: against forwards by hand."""
 
+import zlib
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from persona_coupling import generate, measure, models, personas, questions, representations, residual, shifts
+from persona_coupling import generate, machine, measure, models, personas, questions, representations, residual, shifts
 from persona_coupling.adapters import LowRank
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError
@@ -22,6 +24,7 @@ from persona_coupling.stages.steering import (
     pushing,
     restoring,
 )
+from persona_coupling.store import Lab
 
 SAMPLING = Sampling(1.0, 0.95, 6)
 WHO = [p.id for p in personas.personas()]
@@ -218,6 +221,59 @@ def test_steering_is_undone_and_must_be_called(model):
     assert not model.model.layers[0]._forward_hooks
 
 
+def test_each_row_gets_a_pair_of_its_own(model):
+    """Oracle: every row alone, under its own pair for all rows."""
+    ids = torch.tensor([[5, 6, 7, 8], [8, 9, 10, 11], [5, 6, 7, 8]])
+    pairs = np.random.default_rng(1).normal(size=(3, 2, model.config.hidden_size))
+
+    def states(rows, vectors):
+        with torch.inference_mode(), residual.steering(model, 2, vectors):
+            first = model.model(ids[rows][:, :1], use_cache=True)
+            later = model.model(ids[rows][:, 1:], past_key_values=first.past_key_values)
+        return torch.cat([first.last_hidden_state, later.last_hidden_state], 1)
+
+    together = states([0, 1, 2], pairs)
+    for row in range(3):
+        torch.testing.assert_close(together[[row]], states([row], pairs[row]), atol=1e-4, rtol=1e-4)
+    assert ((together[0] - together[2]).abs().amax(-1) > 0.1).all(), "equal rows under other vectors must differ"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_another_number_of_rows_than_of_pairs_is_refused(model, rows):
+    """Also a single pair, which would fit any batch if it were for all rows."""
+    pairs = np.ones((rows, 2, model.config.hidden_size))
+    with (
+        pytest.raises(GuardError, match=f"{rows} pairs of vectors for a batch of 3"),
+        residual.steering(model, 1, pairs),
+    ):
+        model(torch.tensor([[5, 6], [7, 8], [9, 10]]))
+    assert not model.model.layers[0]._forward_hooks
+    with residual.steering(model, 1, pairs):
+        model(torch.tensor([[5, 6]] * rows))
+
+
+def test_rows_keep_their_vectors_when_others_leave_the_batch(model, tokenizer):
+    """Oracle: every variant sampled alone, under one pair for all rows."""
+    prompts = [models.prompt_ids(tokenizer, "You are a dragon.", text) for text in ("Why?", "Is it late?", "Who?")]
+    labels, variants = ["a", "b", "c"], np.random.default_rng(2).normal(size=(4, 2, model.config.hidden_size))
+    settings = {"sampling": Sampling(1.0, 0.95, 12), "stop": tokenizer.eos_token_id, "marker": [], "seed": 0}
+
+    def sampled(vectors, times, kept=True):
+        read = generate.prefill(model, [p[:-1] for p in prompts * times], tokenizer.pad_token_id)
+        with residual.steering(model, 2, vectors) as keep:
+            read = residual.advanced(model, read, [p[-1] for p in prompts * times])
+            told = {"kept": keep} if kept else {}
+            return [c.tokens for c in generate.sample(model, read, labels * times, **settings, **told)]
+
+    together = sampled(np.repeat(variants, 3, axis=0), 4)
+    alone = [tokens for pair in variants for tokens in sampled(pair, 1)]
+    assert together == alone
+    assert len({len(tokens) for tokens in together}) > 2, "rows must leave at different steps here"
+    assert len({tuple(together[number]) for number in range(0, 12, 3)}) == 4, "and the vectors must matter"
+    with pytest.raises(GuardError, match="12 pairs of vectors for a batch of"):
+        sampled(np.repeat(variants, 3, axis=0), 4, kept=False)
+
+
 def test_layers_at_fractions_of_any_depth():
     assert residual.layer_numbers((0.1, 0.5, 1.0), 30) == (3, 15, 30)
     assert residual.layer_numbers((0.1, 0.5, 1.0), 28) == (3, 14, 28)
@@ -320,3 +376,116 @@ def test_sampled_answers_under_a_vector_are_those_of_whole_sequences(tiny, lab, 
                 answer.append(token)
             handle.remove()
             assert found[name, question.id] == tokenizer.decode(answer, skip_special_tokens=False)
+
+
+def one_by_one(stage, lab, folds):
+    """What `stage` is to write, each variant, fold and cell by itself: one prompt, one pair of vectors."""
+    model, tokenizer = stage.coupled.load(lab)
+    bank = questions.eval_questions(stage.everyday, stage.values)
+    vectors = stage._vectors(lab, representations.folds(len(bank), folds))
+    marker, blank = models.marker_ids(tokenizer), measure.blank_tokens(tokenizer)
+    depth = model.config.num_hidden_layers
+
+    def under(name, layer, draw, held):
+        if layer == 0:
+            return nullcontext()
+        pair = vectors[name][held, :, layer]
+        if draw >= 0:
+            pair = representations.rotated(
+                pair, np.random.default_rng([stage.seed, zlib.crc32(name.encode()), layer, draw])
+            )
+        return residual.steering(model, layer, pair)
+
+    def variants(names, layers, draws):
+        return [(n, at, d) for n in names for at in residual.layer_numbers(layers, depth) for d in draws]
+
+    plan = [("none", 0, -1), *variants([a.name for a in stage.additions], stage.layers, range(-1, stage.draws))]
+    rows, answers = [], []
+    for held in range(folds):
+        cells = [(personas.persona(name), question) for name in stage.personas for question in bank[held::folds]]
+        for persona, question in cells:
+            prompt = models.prompt_ids(tokenizer, persona.system_prompt(stage.instruction), question.text)
+            for variant in plan:
+                read = generate.prefill(model, [prompt[:-1]], tokenizer.pad_token_id)
+                text = [prompt[-1], *models.text_ids(tokenizer, question.answer), *marker]
+                with under(*variant, held):
+                    (values,) = generate.continuation_logprobs(model, read, [text], len(marker))
+                rows.append((*variant, persona.id, question.id, values.sum(), values[blank:].sum()))
+        for variant in variants(stage.sampled, stage.sampled_layers, (-1, 0)):
+            for number in range(stage.samples):
+                for persona, question in cells:
+                    prompt = models.prompt_ids(tokenizer, persona.system_prompt(stage.instruction), question.text)
+                    read = generate.prefill(model, [prompt[:-1]], tokenizer.pad_token_id)
+                    label = f"{persona.id}/{question.id}/{number}"
+                    with under(*variant, held):
+                        read = residual.advanced(model, read, prompt[-1:])
+                        (made,) = generate.sample(
+                            model,
+                            read,
+                            [label],
+                            sampling=stage.sampling,
+                            stop=tokenizer.eos_token_id,
+                            marker=[],
+                            seed=stage.seed,
+                        )
+                    text = tokenizer.decode(made.tokens, skip_special_tokens=False)
+                    answers.append((*variant, persona.id, question.id, number, text, made.finish, len(made.tokens)))
+    keys = ["addition", "layer", "draw", "persona", "question"]
+    forced = pd.DataFrame(rows, columns=[*keys, "logprob", "after_break"]).sort_values(keys, ignore_index=True)
+    return forced, pd.DataFrame(answers, columns=[*keys, "sample", "completion", "finish", "tokens"])
+
+
+@pytest.mark.parametrize(
+    ("caps", "readings", "samplings"), [((5, 7, 256), 22, 20), ((1024, 616, 256), 3, 2), ((1023, 616, 20), 7, 2)]
+)
+def test_variants_in_shared_batches_are_those_one_by_one(
+    tiny, planted, lab, model, tokenizer, monkeypatch, caps, readings, samplings
+):
+    """Batches that end within a variant, and batches that hold a whole layer: two layers, thirteen variants, eight cells.
+    A lively model at a low temperature: among tokens that are nearly as probable, rounding decides which ranks first."""
+    raw, tuned = hidden(Checkpoint(tiny)), hidden(Checkpoint(tiny).merge(planted(tiny)))
+    big = Addition("big", (Term(raw, "villain", 400.0), Term(raw, "assistant", -400.0)))
+    small = Addition("small", (Term(raw, "villain", 10.0), Term(tuned, "villain", -10.0)))
+    for stage in (raw, tuned):
+        lab.folder(stage)
+    monkeypatch.setattr(Checkpoint, "load", lambda _self, _lab: (model, tokenizer))
+    stage = steer(
+        Checkpoint(tiny).merge(planted(tiny)),
+        (big, small),
+        layers=(0.4, 1.0),
+        sampled=("big", "small"),
+        sampled_layers=(0.4, 1.0),
+        samples=2,
+        sampling=Sampling(0.3, 0.9, 6),
+        seed=caps[0],  # no test finds the other's artifact
+    )
+    called, (score_batch, sample_batch, most) = [], caps
+    monkeypatch.setattr(generate, "FORCED", most)
+    for name in ("continuation_logprobs", "sample"):
+        real = getattr(generate, name)
+        monkeypatch.setattr(generate, name, lambda *a, real=real, **k: called.append(real.__name__) or real(*a, **k))
+    with machine.tuned(score_batch=score_batch, sample_batch=sample_batch):
+        forced, answers = (table(lab, stage, name) for name in ("steered", "steered_answers"))
+    assert (called.count("continuation_logprobs"), called.count("sample")) == (readings, samplings)
+    wanted, wanted_answers = one_by_one(stage, lab, 2)
+    assert list(forced.columns) == list(wanted.columns)
+    pd.testing.assert_frame_equal(forced.iloc[:, :5], wanted.iloc[:, :5])
+    np.testing.assert_allclose(forced.iloc[:, 5:], wanted.iloc[:, 5:], atol=2e-5)
+    pd.testing.assert_frame_equal(answers, wanted_answers)
+    spread = wanted[wanted["addition"] == "big"].groupby(["persona", "question"])["logprob"].std()
+    assert (spread > 1e-3).all(), "the vectors must matter here"
+    distinct = wanted_answers.groupby(["persona", "question", "sample"])["completion"].nunique()
+    assert (distinct > 1).mean() > 0.5
+
+
+def test_progress_goes_up_through_both_phases(tiny, lab):
+    seen = []
+    raw = hidden(Checkpoint(tiny))
+    swap = (persona_swap("swap", raw),)
+    stage = steer(Checkpoint(tiny), swap, sampled=("swap",), sampled_layers=(0.4,), seed=3)
+    lab.folder(raw)
+    with machine.tuned(sample_batch=5):
+        Lab(lab.store, report=seen.append).folder(stage)
+    assert seen == sorted(seen)
+    assert (seen[0], max(seen) < 1) == (0, True)
+    assert {fraction < 0.5 for fraction in seen} == {True, False}

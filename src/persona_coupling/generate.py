@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HEAD_POSITIONS = (256, 8192)  # CPU, CUDA: positions whose whole vocabulary is in memory at once
+FORCED = 256  # distinct rows whose continuations are read together: each has a copy of its prompt's keys and values
 NUCLEUS_CANDIDATES = 512  # rows whose nucleus is wider are sorted in full; more candidates cost time on every step
 
 
@@ -63,6 +64,13 @@ class Prefill:
     mask: torch.Tensor
     logits: torch.Tensor
     rows: torch.Tensor
+
+    def chosen(self, places: Sequence[int]) -> Prefill:
+        """The rows at these places, each as often as it is named; the cache is shared, not copied."""
+        import torch
+
+        index = torch.tensor(places, device=self.rows.device)
+        return Prefill(self.cache, self.mask[index], self.logits[index], self.rows[index])
 
 
 def prefill(model: PreTrainedModel, prompts: list[list[int]], pad: int) -> Prefill:
@@ -109,39 +117,63 @@ def _padded(texts: Sequence[Sequence[int]], pad: int) -> np.ndarray:
 
 
 def continuation_logprobs(
-    model: PreTrainedModel, read: Prefill, continuations: list[list[int]], tail: int
+    model: PreTrainedModel, read: Prefill, continuations: list[list[int]], tail: int, *, apart: bool = False
 ) -> np.ndarray:
     """Log-probability of each of the last `tail` tokens of each continuation, in nats, shape (rows, tail).
 
-    The prefill is left as it was. Continuations must be longer than `tail`.
+    Equal continuations of one prompt are read once; with `apart` every row is read on its own, in the rows' order, for
+    hooks that treat rows differently. At most `FORCED` rows are read together, each batch by one forward. The prefill is
+    left as it was. Continuations must be longer than `tail`.
     """
     import torch
 
-    device = model.device
-    place: dict[tuple[int, ...], int] = {}  # equal continuations of one prompt are read once
-    pairs = zip(read.rows.tolist(), continuations, strict=True)
-    back = [place.setdefault((row, *continuation), len(place)) for row, continuation in pairs]
-    texts = [list(key[1:]) for key in place]
-    first = torch.tensor(np.unique(back, return_index=True)[1], device=device)
+    place: dict[tuple[int, ...], int] = {}
+    keys = [(row, *continuation) for row, continuation in zip(read.rows.tolist(), continuations, strict=True)]
+    back = [place.setdefault((number if apart else -1, *key), len(place)) for number, key in enumerate(keys)]
+    first = np.unique(back, return_index=True)[1]
+    parts = [first[begin : begin + FORCED].tolist() for begin in range(0, len(first), FORCED)]
+    found = torch.cat([_forced(model, read, part, [continuations[i] for i in part], tail) for part in parts])
+    return np.asarray(found[torch.tensor(back, device=found.device)].cpu().numpy())
+
+
+def _forced(
+    model: PreTrainedModel, read: Prefill, places: list[int], texts: list[list[int]], tail: int
+) -> torch.Tensor:
+    """`continuation_logprobs` of the rows at `places`, in one forward."""
+    import torch
+
+    device, first = model.device, torch.tensor(places, device=model.device)
     width = max(map(len, texts))
     ids = torch.tensor([t + [0] * (width - len(t)) for t in texts], device=device)
     mask = torch.tensor([[1] * len(t) + [0] * (width - len(t)) for t in texts], device=device)
     start = read.mask[first].sum(1, keepdim=True)
-    cache = copy.deepcopy(read.cache)
-    if [key[0] for key in place] != list(range(cache.layers[0].keys.shape[0])):
-        cache.batch_select_indices(read.rows[first])
     with torch.inference_mode():
         hidden = model.base_model(
             input_ids=ids,
             attention_mask=torch.cat([read.mask[first], mask], 1),
             position_ids=start + torch.arange(width, device=device),
-            past_key_values=cache,
+            past_key_values=_copied(read.cache, read.rows[first]),
             use_cache=True,
         ).last_hidden_state
         rows = torch.arange(len(texts), device=device)[:, None]
         targets = mask.sum(1, keepdim=True) - tail + torch.arange(tail, device=device)  # positions of the scored tokens
         logprobs = _chosen(model, hidden[rows, targets - 1].flatten(0, 1), ids[rows, targets].flatten())
-    return np.asarray(logprobs.view(-1, tail)[torch.tensor(back, device=device)].cpu().numpy())
+    return logprobs.view(-1, tail)
+
+
+def _copied(cache: Any, rows: torch.Tensor) -> Any:
+    """A cache of its own with these rows of `cache`, each as often as it is named: what it takes is held once."""
+    from transformers.cache_utils import DynamicLayer
+
+    if not all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers):
+        made = copy.deepcopy(cache)  # a layer with a window keeps more than keys and values
+        made.batch_select_indices(rows)
+        return made
+    made = copy.copy(cache)
+    made.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in made.layers:
+        layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
+    return made
 
 
 def _chosen(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -198,9 +230,12 @@ def sample(
     marker: list[int],
     seed: int,
     report: Callable[[float], None] = lambda _fraction: None,
+    kept: Callable[[torch.Tensor], None] = lambda _index: None,
 ) -> list[Completion]:
     """Sample one answer per prefilled prompt; consumes the prefill. `stop` is the end-of-turn id, `marker` the token
-    ids that are forced behind each answer (may be empty)."""
+    ids that are forced behind each answer (may be empty). `kept` is called with the places that stay whenever
+    rows leave the batch, for hooks that treat rows differently (`residual.steering`); without hooks a plain model takes
+    the way that never calls it."""
     import torch
 
     from persona_coupling import decode
@@ -269,6 +304,7 @@ def sample(
         if len(keep) < len(rows):
             index = torch.tensor(keep, device=device)
             cache.batch_select_indices(index)
+            kept(index)
             mask = mask[index]
             rows = [rows[place] for place in keep]
         inputs = torch.tensor([[following[place]] for place in keep], device=device)

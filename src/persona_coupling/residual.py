@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -65,23 +65,38 @@ def layer_numbers(fractions: Sequence[float], depth: int) -> tuple[int, ...]:
 
 
 @contextmanager
-def steering(model: PreTrainedModel, layer: int, vectors: ndarray) -> Iterator[None]:
+def steering(model: PreTrainedModel, layer: int, vectors: ndarray) -> Iterator[Callable[[torch.Tensor], None]]:
     """Add `vectors[0]` to the residual stream after a layer (from 1) at the first token that the model reads in the body,
-    `vectors[1]` at every later one. Raises GuardError unless the hook was attached once and called."""
+    `vectors[1]` at every later one; shape (2, width). Of shape (rows, 2, width), each row of the batch gets its own pair.
+
+    Gives `keep(index)`, to be called when only the rows at `index` stay in the batch (`generate.sample` does as `kept`):
+    they stay with their pairs. Raises GuardError unless the hook was attached once and called, and for a batch of another
+    number of rows than there are pairs.
+    """
     import torch
 
     target = model.base_model.layers[layer - 1]
-    first, later = (torch.as_tensor(v, dtype=torch.float32, device=model.device) for v in vectors)
+    pairs = torch.as_tensor(vectors, dtype=torch.float32, device=model.device)
+    apart = pairs.ndim == 3
+    if not apart:
+        pairs = pairs[None]
     calls = 0
+
+    def keep(index: torch.Tensor) -> None:
+        nonlocal pairs
+        if apart:
+            pairs = pairs[index]
 
     def add(_module: Any, _inputs: Any, output: Any) -> Any:
         nonlocal calls
         hidden = output[0] if isinstance(output, tuple) else output
-        added = later.expand(hidden.shape[1], -1).clone()
+        if apart and len(pairs) != len(hidden):
+            raise GuardError(f"{len(pairs)} pairs of vectors for a batch of {len(hidden)} rows")
+        moved = hidden.float() + pairs[:, 1:]
         if calls == 0:
-            added[0] = first
+            moved[:, 0] = hidden[:, 0].float() + pairs[:, 0]
         calls += 1
-        moved = (hidden.float() + added).to(hidden.dtype)
+        moved = moved.to(hidden.dtype)
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
     attached = len(target._forward_hooks)
@@ -89,7 +104,7 @@ def steering(model: PreTrainedModel, layer: int, vectors: ndarray) -> Iterator[N
     try:
         if len(target._forward_hooks) != attached + 1:
             raise GuardError(f"{len(target._forward_hooks) - attached} hooks were attached to layer {layer}, not one")
-        yield
+        yield keep
     finally:
         handle.remove()
     if calls == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +16,20 @@ from numpy import ndarray
 from persona_coupling import machine, measure, models, personas, questions, representations, residual
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError
-from persona_coupling.generate import Prefill, Sampling
-from persona_coupling.personas import SOURCE
+from persona_coupling.generate import Sampling
+from persona_coupling.personas import SOURCE, Persona
+from persona_coupling.questions import Question
 from persona_coupling.residual import layer_numbers
 from persona_coupling.stages.code import PROMPT_TOKENS, TEXT
 from persona_coupling.stages.representations import ANSWER_TOKENS, STREAM, read_states
-from persona_coupling.store import Lab, Stage, Work
+from persona_coupling.store import Lab, Report, Stage, Work, share
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 OTHERS = "others"  # everybody but the source, in equal parts
+Variant = tuple[str, int, int]  # an addition's name, the layer after which it is added (0: nowhere), the draw
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,16 @@ def persona_swap(name: str, raw: Stage) -> Addition:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """A persona that is asked a question, with the question's fold and the prompt's tokens."""
+
+    persona: Persona
+    question: Question
+    fold: int
+    prompt: list[int]
+
+
+@dataclass(frozen=True)
 class Steer(Stage):
     """A model whose residual stream gets a vector at one layer, from the last prompt token on: the marker behind the
     fixed answer, and at some layers sampled answers.
@@ -97,14 +110,11 @@ class Steer(Stage):
     material: ClassVar[tuple[str, ...]] = TEXT
 
     def build(self, folder: Path, lab: Lab) -> None:
-        """One reading of the prompts per fold serves all vectors, layers and draws."""
-        from persona_coupling import generate
-
+        """Batches are shared by all variants (additions, draws, folds) of a layer, each row with vectors of its own: a
+        small model's forward costs a GPU the same for one row and for many."""
         model, tokenizer = self.coupled.load(lab)
-        batch = machine.machine(lab.device).score_batch
         bank = questions.eval_questions(self.everyday, self.values)
         who = [personas.persona(name) for name in self.personas]
-        marker, blank = models.marker_ids(tokenizer), measure.blank_tokens(tokenizer)
         fold = representations.folds(len(bank), self.folds)
         vectors = self._vectors(lab, fold)
         depth = model.config.num_hidden_layers
@@ -114,31 +124,17 @@ class Steer(Stage):
             for layer in layer_numbers(self.layers, depth)
             for draw in range(-1, self.draws)
         ]
-        rows, answers = [], []
-        for held in range(self.folds):
-            cells = [(p, q) for p in who for q, f in zip(bank, fold, strict=True) if f == held]
-            prompts = [models.prompt_ids(tokenizer, p.system_prompt(self.instruction), q.text) for p, q in cells]
-            for first in range(0, len(cells), batch):
-                chunk = range(first, min(first + batch, len(cells)))
-                read = generate.prefill(model, [prompts[i][:-1] for i in chunk], tokenizer.pad_token_id)
-                continuations = [
-                    [prompts[i][-1], *models.text_ids(tokenizer, cells[i][1].answer), *marker] for i in chunk
-                ]
-                for number, (name, layer, draw) in enumerate(plan):
-                    lab.report((held + number / len(plan)) / self.folds)
-                    with self._steered(model, vectors, name, layer, draw, held):
-                        logprobs = generate.continuation_logprobs(model, read, continuations, len(marker))
-                    for i, values in zip(chunk, logprobs, strict=True):
-                        where = {"persona": cells[i][0].id, "question": cells[i][1].id}
-                        forced = measure.marker_columns(values, blank)
-                        rows.append({"addition": name, "layer": layer, "draw": draw, **where, **forced})
-            for name, layer, draw in self._sampled_plan(depth):
-                repeated = prompts * self.samples
-                read = generate.prefill(model, [prompt[:-1] for prompt in repeated], tokenizer.pad_token_id)
-                with self._steered(model, vectors, name, layer, draw, held):  # the prompt has been read without it
-                    last = [prompt[-1] for prompt in repeated]
-                    found = self._answers(model, tokenizer, cells * self.samples, read, last)
-                answers += [{"addition": name, "layer": layer, "draw": draw, **answer} for answer in found]
+        cells = [
+            Cell(p, q, held, models.prompt_ids(tokenizer, p.system_prompt(self.instruction), q.text))
+            for held in range(self.folds)
+            for p in who
+            for q, f in zip(bank, fold, strict=True)
+            if f == held
+        ]
+        sampled = self._sampled_plan(depth)
+        phases = 2 if sampled else 1
+        rows = self._forced(lab, model, tokenizer, vectors, cells, plan, share(lab.report, 0, 1, phases))
+        answers = self._answers(lab, model, tokenizer, vectors, cells, sampled, share(lab.report, 1, 1, phases))
         table = pd.DataFrame(rows)
         expected = len(plan) * len(who) * len(bank)
         keys = ["addition", "layer", "draw", "persona", "question"]
@@ -171,52 +167,126 @@ class Steer(Stage):
             made[addition.name] = np.sum(parts, axis=0)
         return made
 
-    def _steered(
-        self, model: PreTrainedModel, vectors: dict[str, ndarray], name: str, layer: int, draw: int, held: int
-    ) -> AbstractContextManager[None]:
-        if layer == 0:
-            return nullcontext()
+    def _pair(self, vectors: dict[str, ndarray], variant: Variant, held: int) -> ndarray:
+        """What is added in a fold, shape (positions, width)."""
+        name, layer, draw = variant
         pair = vectors[name][held, :, layer]
-        if draw >= 0:  # one rotation for all folds
-            pair = representations.rotated(
-                pair, np.random.default_rng([self.seed, zlib.crc32(name.encode()), layer, draw])
-            )
-        return residual.steering(model, layer, pair)
+        if draw < 0:
+            return pair
+        # one rotation for all folds
+        return representations.rotated(pair, np.random.default_rng([self.seed, zlib.crc32(name.encode()), layer, draw]))
 
-    def _sampled_plan(self, depth: int) -> list[tuple[str, int, int]]:
+    def _steered(
+        self, model: PreTrainedModel, vectors: dict[str, ndarray], rows: list[tuple[Variant, int]]
+    ) -> AbstractContextManager[Callable[[torch.Tensor], None]]:
+        """Each row of a batch under the vectors of its variant and fold; all variants are of one layer."""
+        (_, layer, _), _ = rows[0]
+        if layer == 0:
+            return nullcontext(lambda _index: None)
+        pairs = {row: self._pair(vectors, *row) for row in set(rows)}
+        return residual.steering(model, layer, np.stack([pairs[row] for row in rows]))
+
+    @staticmethod
+    def _batches(variants: list[Variant], size: int) -> list[list[int]]:
+        """Places in a list of rows' variants, those of one layer together, at most `size` at a time."""
+        layers: dict[int, list[int]] = {}
+        for place, (_, layer, _) in enumerate(variants):
+            layers.setdefault(layer, []).append(place)
+        return [own[first : first + size] for own in layers.values() for first in range(0, len(own), size)]
+
+    def _sampled_plan(self, depth: int) -> list[Variant]:
         layers = layer_numbers(self.sampled_layers, depth) if self.sampled_layers else ()
         return [(name, layer, draw) for name in self.sampled for layer in layers for draw in (-1, 0)]
 
-    def _answers(
-        self, model: PreTrainedModel, tokenizer: Any, cells: list, read: Prefill, last: list[int]
+    def _forced(
+        self,
+        lab: Lab,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        vectors: dict[str, ndarray],
+        cells: list[Cell],
+        plan: list[Variant],
+        report: Report,
     ) -> list[dict[str, Any]]:
-        """Sampled answers under whatever is attached to the model now, from prompts read up to their `last` tokens."""
+        """The marker behind the fixed answer, of every cell under every variant."""
         from persona_coupling import generate
 
-        counts: dict[tuple[str, str], int] = {}
-        labels, keys = [], []
-        for persona, question in cells:
-            sample = counts[persona.id, question.id] = counts.get((persona.id, question.id), -1) + 1
-            labels.append(f"{persona.id}/{question.id}/{sample}")  # the streams of random numbers of an evaluation
-            keys.append({"persona": persona.id, "question": question.id, "sample": sample})
-        sampled = generate.sample(
-            model,
-            residual.advanced(model, read, last),
-            labels,
-            sampling=self.sampling,
-            stop=tokenizer.eos_token_id,
-            marker=[],
-            seed=self.seed,
-        )
-        return [
-            {
-                **key,
-                "completion": tokenizer.decode(completion.tokens, skip_special_tokens=False),
-                "finish": completion.finish,
-                "tokens": len(completion.tokens),
-            }
-            for key, completion in zip(keys, sampled, strict=True)
+        marker, blank = models.marker_ids(tokenizer), measure.blank_tokens(tokenizer)
+        # a batch is one forward: what comes after it is to the hook no longer the last prompt token
+        batch = min(machine.machine(lab.device).score_batch, generate.FORCED)
+        rows: list[dict[str, Any]] = []
+        for first in range(0, len(cells), batch):
+            chunk = cells[first : first + batch]
+            read = generate.prefill(model, [cell.prompt[:-1] for cell in chunk], tokenizer.pad_token_id)
+            texts = [[c.prompt[-1], *models.text_ids(tokenizer, c.question.answer), *marker] for c in chunk]
+            tasks = [(variant, number) for variant in plan for number in range(len(chunk))]
+            for places in self._batches([variant for variant, _ in tasks], batch):
+                report(len(rows) / (len(plan) * len(cells)))
+                part = [tasks[place] for place in places]
+                chosen = [number for _, number in part]
+                with self._steered(model, vectors, [(variant, chunk[number].fold) for variant, number in part]):
+                    logprobs = generate.continuation_logprobs(
+                        model, read.chosen(chosen), [texts[number] for number in chosen], len(marker), apart=True
+                    )
+                for ((name, layer, draw), number), values in zip(part, logprobs, strict=True):
+                    where = {"persona": chunk[number].persona.id, "question": chunk[number].question.id}
+                    forced = measure.marker_columns(values, blank)
+                    rows.append({"addition": name, "layer": layer, "draw": draw, **where, **forced})
+        return rows
+
+    def _answers(
+        self,
+        lab: Lab,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        vectors: dict[str, ndarray],
+        cells: list[Cell],
+        plan: list[Variant],
+        report: Report,
+    ) -> list[dict[str, Any]]:
+        """Sampled answers by fold, variant, sample and cell. Prompts are read up to their last tokens without vectors."""
+        from persona_coupling import generate
+
+        tasks = [
+            (variant, cell, sample)
+            for held in range(self.folds)
+            for variant in plan
+            for sample in range(self.samples)
+            for cell in cells
+            if cell.fold == held
         ]
+        answers: list[dict[str, Any]] = [{} for _ in tasks]
+        done = 0
+        for places in self._batches([variant for variant, _, _ in tasks], machine.machine(lab.device).sample_batch):
+            part = [tasks[place] for place in places]
+            read = generate.prefill(model, [cell.prompt[:-1] for _, cell, _ in part], tokenizer.pad_token_id)
+            with self._steered(model, vectors, [(variant, cell.fold) for variant, cell, _ in part]) as kept:
+                sampled = generate.sample(
+                    model,
+                    residual.advanced(model, read, [cell.prompt[-1] for _, cell, _ in part]),
+                    # the streams of random numbers of an evaluation
+                    [f"{cell.persona.id}/{cell.question.id}/{sample}" for _, cell, sample in part],
+                    sampling=self.sampling,
+                    stop=tokenizer.eos_token_id,
+                    marker=[],
+                    seed=self.seed,
+                    report=share(report, done, len(part), len(tasks)),
+                    kept=kept,
+                )
+            for place, ((name, layer, draw), cell, sample), completion in zip(places, part, sampled, strict=True):
+                answers[place] = {
+                    "addition": name,
+                    "layer": layer,
+                    "draw": draw,
+                    "persona": cell.persona.id,
+                    "question": cell.question.id,
+                    "sample": sample,
+                    "completion": tokenizer.decode(completion.tokens, skip_special_tokens=False),
+                    "finish": completion.finish,
+                    "tokens": len(completion.tokens),
+                }
+            done += len(part)
+        return answers
 
     def work(self) -> Work:
         """Prompts once, then one short reading per vector, layer and draw."""
