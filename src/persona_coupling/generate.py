@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HEAD_POSITIONS = (256, 8192)  # CPU, CUDA: positions whose whole vocabulary is in memory at once
-FORCED = 256  # distinct rows whose continuations are read together: each has a copy of its prompt's keys and values
+FORCED = 512  # distinct rows whose continuations are read together: each has a copy of its prompt's keys and values
 NUCLEUS_CANDIDATES = 512  # rows whose nucleus is wider are sorted in full; more candidates cost time on every step
 
 
