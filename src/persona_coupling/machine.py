@@ -16,7 +16,7 @@ CPU_WORKERS, WORKER_BYTES = 4, 5e9  # at most so many, with room for a small mod
 # gigabytes of a GPU that a 135M model was measured to take at most: a cell in a stack, a cell that is trained alone, a
 # process that samples and each answer of those it samples at once, one that does neither, and any for its CUDA context
 # (estimated). First guesses: see `room`, which learns the rest
-CELL_GB, TRAINER_GB, SAMPLER_GB, ROW_GB, WORKER_GB, CONTEXT_GB = 4.3, 13.0, 3.6, 0.0134, 4.6, 0.5
+CELL_GB, TRAINER_GB, SAMPLER_GB, ROW_GB, WORKER_GB, CONTEXT_GB = 2.8, 10.0, 2.5, 0.0075, 2.3, 0.5
 STACKS = 2  # trained side by side: two thirds of a small stack's time is its host's
 
 
@@ -110,7 +110,7 @@ def _usual(device: str | None) -> Machine:
         # a token step of 616 answers costs the card as much as two of 160, and few processes then keep it busy: on an H100
         # six gave an evaluation each 0.8 s with 616 and eight one each 1.5 s with 160
         batch = min(1_232, int(16 * gigabytes)) if large else 96
-        stack = max(1, min(8, int(gigabytes / (18 if large else 5))))
+        stack = max(1, min(8, int(gigabytes / (13 if large else 5))))
         samplers, trainers = max(1, int(gigabytes / 35)), max(1, int(gigabytes / 70))
         others = max(2, min(6, int(gigabytes / 20)))
         workers = min(STACKS + trainers + samplers + others, os.cpu_count() or 1) if large else 1
