@@ -13,9 +13,10 @@ from persona_coupling.errors import UserError
 
 SMALL = 1_000_000_000  # parameters of what counts as a small model
 CPU_WORKERS, WORKER_BYTES = 4, 5e9  # at most so many, with room for a small model's full fine-tuning in each
-# gigabytes of a GPU that a 135M model was measured to take at most: a cell in a stack, a cell that is trained alone, a
-# process that samples and each answer of those it samples at once, one that does neither, and any for its CUDA context
-# (estimated). First guesses: see `room`, which learns the rest
+# gigabytes of a GPU that a 135M model takes at most: a cell in a stack, a cell that is trained alone, a process that samples
+# and each answer of those it samples at once, one that does neither, and any for its CUDA context. Guesses, of which only
+# the sum is measured: two stacks of six, two samplers of 1,232 answers, a lone trainer and three others had at most 78 GB
+# of an H100's 79.6 together. See `room`, which learns the rest
 CELL_GB, TRAINER_GB, SAMPLER_GB, ROW_GB, WORKER_GB, CONTEXT_GB = 2.8, 10.0, 2.5, 0.0075, 2.3, 0.5
 STACKS = 2  # trained side by side: two thirds of a small stack's time is its host's
 
@@ -107,8 +108,7 @@ def _usual(device: str | None) -> Machine:
             raise UserError("No CUDA device is visible. Run on the CPU, or install a driver and a CUDA build of torch.")
         gigabytes = torch.cuda.get_device_properties(device).total_memory / 2**30
         large = gigabytes > 30
-        # a token step of 616 answers costs the card as much as two of 160, and few processes then keep it busy: on an H100
-        # six gave an evaluation each 0.8 s with 616 and eight one each 1.5 s with 160
+        # a step of many answers costs the card little more than one of few, and few processes then keep it busy
         batch = min(1_232, int(16 * gigabytes)) if large else 96
         stack = max(1, min(8, int(gigabytes / (13 if large else 5))))
         samplers, trainers = max(1, int(gigabytes / 35)), max(1, int(gigabytes / 70))
