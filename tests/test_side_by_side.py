@@ -357,6 +357,17 @@ class TestRoom:
         assert made.need(cells[:1]) == 15
         assert made.need([job]) == 1.5
 
+    @pytest.mark.parametrize(("gigabytes", "cells"), [(80.0, 4), (47.0, 3), (43.0, 2), (30.0, 4)])
+    def test_a_stack_too_large_starts_with_fewer_cells(self, gigabytes, cells):
+        """Beside 3.5 GB of contexts and a job of 19, cells of 8: four need 32. Fewer than half are not worth it."""
+        made, job, whole = self.room(gigabytes), Large("a"), [Cell(n) for n in range(4)]
+        made.observe([job], 19.0, 0.0)
+        made.observe(whole, 32.0, 0.0)
+        part = made.part(whole, [[job]])
+        assert part == whole[:cells]
+        assert made.fits(part, [[job]]) == (gigabytes > 30)
+        assert made.part([job], [whole]) == [job]
+
     def test_what_idle_processes_keep_is_not_free(self):
         """Beside 3.5 GB of contexts: 9 of a running job, and 4 of each of two idle samplers, leave 1.5 of 22."""
         made, job = self.room(22.0), Large("a")

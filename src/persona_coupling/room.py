@@ -3,7 +3,9 @@
 Processes that share a card find it full where each of them alone would fit, and to begin again costs more than to wait: on
 one H100 of 80 GB stacks of six cells took 24 to 27 GB, an evaluation up to 16, and for minutes most stacks were trained
 by halves and thirds. So a stage starts only where the most that its kind has taken so far fits beside the same of all
-that runs. A stack that is too large keeps its turn: nothing smaller behind it takes what it waits for.
+that runs. A stack that is too large starts with fewer cells, half of them at least; where these do not fit either it
+keeps its turn, and nothing smaller behind it takes what it waits for. (To wait for room for all of its cells emptied
+the card: for minutes one or two processes were at work.)
 """
 
 from __future__ import annotations
@@ -60,6 +62,14 @@ class Room:
             max(0, places - taken.count(pool)) * self.kept.get(pool, 0.0) for pool, places in self.places.items()
         )
         return idle + sum(self.need(other) for other in (*standing, group)) <= self.capacity
+
+    def part(self, group: list[Stage], standing: Sequence[Sequence[Stage]]) -> list[Stage]:
+        """The group; of a stack that does not fit, as many of its cells as do, if that is half of them or more."""
+        if role(group[0]) == STACK:
+            for size in range(len(group), (len(group) + 1) // 2 - 1, -1):
+                if self.fits(group[:size], standing):
+                    return group[:size]
+        return group
 
     def observe(self, group: Sequence[Stage], peak: float, kept: float) -> None:
         """Learn from a group that is done: the most it took, and what its process keeps. A stack that found the card full

@@ -60,6 +60,7 @@ def build(
                 pool, places = _home(group, pools)
                 if sum(_home(other, pools)[0] is pool for other in standing) >= places:
                     continue
+                group = room.part(group, standing)
                 if room.fits(group, standing):
                     running[pool.submit(_make, group, store.root, device)] = group
                     for stage in group:
