@@ -620,16 +620,20 @@ def test_the_bench_measures_every_step_that_captures_nothing(cpu):
 # ------------------------------------------------------------------------------------------- on a GPU
 
 
+def on_a_gpu(*, bf16):
+    """Four layers of SmolLM2's shape, a cell of twelve steps, and the settings of a card."""
+    shape = {**bench_stack.SHAPE, "num_hidden_layers": 4}
+    cell = bench_stack.chain(bench_stack.random_rows(64, shape["vocab_size"]), 12, 0, dropout=0.0)
+    cell = replace(cell, settings=replace(cell.settings, learning_rate=1e-3))
+    return shape, cell, Machine("cuda", bf16, "sdpa", 128, 64, 16_384)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_captured_uncaptured_and_trl_agree_in_bf16():
     """Measured on an H100 (4 layers of SmolLM2's shape, 12 steps): captured and uncaptured are bitwise equal; against
     TRL losses are off by 1.7e-3, where bf16 moves TRL's own by 1.7e-3 from fp32. Bound: three times that."""
-    shape = {**bench_stack.SHAPE, "num_hidden_layers": 4}
-    rows = bench_stack.random_rows(64, shape["vocab_size"])
-    cell = bench_stack.chain(rows, 12, 0, dropout=0.0)
-    cell = replace(cell, settings=replace(cell.settings, learning_rate=1e-3))
-    settings = Machine("cuda", True, "sdpa", 128, 64, 16_384)
+    shape, cell, settings = on_a_gpu(bf16=True)
     model = bench_stack.random_model(shape, "cuda", bf16=True)
     (graph,) = captured.train_together(model, [cell], settings, nothing, capture=True)
     (eager,) = captured.train_together(model, [cell], settings, nothing, capture=False)
@@ -644,13 +648,9 @@ def test_captured_uncaptured_and_trl_agree_in_bf16():
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_captured_uncaptured_and_trl_agree_in_fp32():
-    """As a cell on a dense change is trained, products with all bits: losses to 1e-3 of about 11 (not measured yet; bf16
-    needs 5e-3), and attention in the one fused kernel that fp32 has on CUDA: torch raises where that would not do."""
-    shape = {**bench_stack.SHAPE, "num_hidden_layers": 4}
-    rows = bench_stack.random_rows(64, shape["vocab_size"])
-    cell = bench_stack.chain(rows, 12, 0, dropout=0.0)
-    cell = replace(cell, settings=replace(cell.settings, learning_rate=1e-3))
-    settings = Machine("cuda", False, "sdpa", 128, 64, 16_384)
+    """As a cell on a dense change is trained, products with all bits: losses to 1e-3 of about 11 (bf16 needs 5e-3; it
+    holds on an H100), and attention in the one fused kernel that fp32 has on CUDA: torch raises where that would not do."""
+    shape, cell, settings = on_a_gpu(bf16=False)
     model = bench_stack.random_model(shape, "cuda", bf16=False)
     with products("ieee"), sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         (graph,) = captured.train_together(model, [cell], settings, nothing, capture=True)
