@@ -1,6 +1,8 @@
 """Stages side by side: what starts next, in which group, in which process, and what happens when one fails."""
 
+import concurrent.futures
 import os
+import signal
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +12,8 @@ import pytest
 import torch
 from jobs import Job
 
+from persona_coupling import crew, mps, processes, progress, room, side_by_side
 from persona_coupling import machine as machine_module
-from persona_coupling import mps, processes, progress, room, side_by_side
 from persona_coupling.errors import UserError
 from persona_coupling.machine import machine
 from persona_coupling.store import Lab, Stage, Store, Work, in_order
@@ -158,23 +160,23 @@ CAPTURING = "CUDA error: operation not permitted when stream is capturing"
 
 
 @pytest.mark.parametrize("words", ["", "CUDA error: out of memory", CAPTURING], ids=["torch", "cuda", "captured"])
-@pytest.mark.parametrize(("times", "made"), [(0, True), (2, True), (side_by_side.PATIENCE, False)])
+@pytest.mark.parametrize(("times", "made"), [(0, True), (2, True), (crew.PATIENCE, False)])
 def test_a_full_card_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, times, made, words):
-    monkeypatch.setattr(side_by_side, "WAIT", 0.0)
+    monkeypatch.setattr(crew, "WAIT", 0.0)
     lab, stage = Lab(Store(tmp_path / "store")), Crowded(str(tmp_path / "tries"), times, words)
     if made:
-        side_by_side._patiently(lab, stage)
+        crew.patiently(lab, stage)
     else:
         with pytest.raises(RuntimeError, match=words or "out of memory"):
-            side_by_side._patiently(lab, stage)
+            crew.patiently(lab, stage)
     assert lab.store.has(stage) == made
-    assert len((tmp_path / "tries").read_text()) == min(times + 1, side_by_side.PATIENCE)
+    assert len((tmp_path / "tries").read_text()) == min(times + 1, crew.PATIENCE)
 
 
 @pytest.mark.parametrize("words", [CAPTURING, "another error"])
 def test_members_of_a_stack_that_found_the_card_full_are_made_alone(tmp_path, words):
     stages = [Crowded(str(tmp_path / f"tries{i}"), 0, words, together=True) for i in range(2)]
-    errors = side_by_side._make(stages, tmp_path / "store", "cpu").errors
+    errors = crew.make(stages, tmp_path / "store", "cpu").errors
     made = [Store(tmp_path / "store").has(stage) for stage in stages]
     assert made == [words == CAPTURING] * 2
     assert len(errors) == (0 if words == CAPTURING else 2)
@@ -321,10 +323,10 @@ def test_what_the_card_has_no_room_for_waits(store, speeds, monkeypatch):
     planned, beside = progress.plan([*filling, *small], store, speeds), []
 
     class Watched(room.Room):
-        def fits(self, group, standing):
-            found = super().fits(group, standing)
+        def fits(self, group, standing, idle=0.0):
+            found = super().fits(group, standing, idle)
             if found and not beside:
-                self.observe = lambda *_: None  # a CPU has no peaks to tell
+                self.observe = lambda *_, **_k: None  # a CPU has no peaks to tell
             beside.extend([[*map(room.role, [g[0] for g in standing]), room.role(group[0])]] * found)
             return found
 
@@ -336,48 +338,157 @@ def test_what_the_card_has_no_room_for_waits(store, speeds, monkeypatch):
 
 
 class TestRoom:
-    PLACES: ClassVar = {"stack": 2, "sample": 2, "any": 3}
-
-    def room(self, gigabytes):
-        settings = replace(sharing(), gigabytes=gigabytes)
-        return room.Room(
-            settings, self.PLACES, lambda stage: room.role(stage) if room.role(stage) in self.PLACES else "any"
-        )
+    def room(self, gigabytes, workers=7):
+        return room.Room(replace(sharing(), gigabytes=gigabytes), workers)
 
     def test_needs_are_guessed_and_then_learnt(self):
         made, job, cells = self.room(80.0), Large("a"), [Cell(1), Cell(2)]
+        guess = machine_module.STACK_GB + 2 * machine_module.CELL_GB
         assert made.need([job]) == machine_module.WORKER_GB
-        assert made.need(cells) == 2 * machine_module.CELL_GB
-        made.observe([job], 1.5, 0.5)
-        made.observe(cells, 1.0, 0.5)
+        assert made.need(cells) == guess
+        made.observe([job], 1.5)
         assert made.need([Large("b")]) == 1.5
-        assert made.need(cells) == 2 * machine_module.CELL_GB, "it may have found the card full"
-        made.observe(cells, 30.0, 0.5)
-        made.observe([job], 0.5, 0.5)
-        assert made.need(cells[:1]) == 15
-        assert made.need([job]) == 1.5
+        made.observe(cells, 4.0, crowded=True)
+        assert made.need(cells) == guess, "it found the card full"
+        made.observe(cells, 30.0)
+        made.observe([job], 0.5)
+        assert made.need(cells) == 30.0
+        assert made.need([job]) == 1.5, "the most so far"
+
+    def test_what_cells_share_is_counted_once(self):
+        """A cell alone had 9.5 GB, most of it not its own: six of them are not six times as large."""
+        made = self.room(80.0)
+        made.observe([Cell(0)], machine_module.STACK_GB + 2.0)
+        assert made.need([Cell(n) for n in range(6)]) == machine_module.STACK_GB + 12.0
+
+    def test_cells_of_more_steps_are_another_kind(self):
+        made, short, long = self.room(80.0), [Cell(0, steps=100)], [Cell(0, steps=250)]
+        made.observe(short, machine_module.STACK_GB + 1.0)
+        assert made.need(short) == machine_module.STACK_GB + 1.0
+        assert made.need(long) == machine_module.STACK_GB + machine_module.CELL_GB
 
     @pytest.mark.parametrize(("gigabytes", "cells"), [(80.0, 4), (47.0, 3), (43.0, 2), (30.0, 4)])
     def test_a_stack_too_large_starts_with_fewer_cells(self, gigabytes, cells):
-        """Beside 3.5 GB of contexts and a job of 19, cells of 8: four need 32. Fewer than half are not worth it."""
+        """Beside 3.5 GB of contexts and a job of 19, cells of 7.6 and what they share: four need 32. Fewer than half are not
+        worth it."""
         made, job, whole = self.room(gigabytes), Large("a"), [Cell(n) for n in range(4)]
-        made.observe([job], 19.0, 0.0)
-        made.observe(whole, 32.0, 0.0)
+        made.observe([job], 19.0)
+        made.observe(whole, 32.0)
         part = made.part(whole, [[job]])
         assert part == whole[:cells]
         assert made.fits(part, [[job]]) == (gigabytes > 30)
         assert made.part([job], [whole]) == [job]
 
     def test_what_idle_processes_keep_is_not_free(self):
-        """Beside 3.5 GB of contexts: 9 of a running job, and 4 of each of two idle samplers, leave 1.5 of 22."""
+        """Beside 3.5 GB of contexts and a running job of 9 another fits into 22, but not if 4 are kept idly."""
         made, job = self.room(22.0), Large("a")
-        made.observe([job], 9.0, 0.0)
+        made.observe([job], 9.0)
         assert made.fits([Large("b")], [[job]])
-        made.observe([Large("c", sampled=99)], 10.0, 4.0)
-        assert not made.fits([Large("b")], [[job]])
-        assert made.fits([Large("b")], []), "what is alone is tried"
+        assert not made.fits([Large("b")], [[job]], 4.0)
+        assert made.fits([Large("b")], [], 4.0), "what is alone is tried"
+
+    def test_what_does_not_fit_keeps_its_turn_in_time(self, monkeypatch):
+        now = [100.0]
+        monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
+        made, job = self.room(22.0), [Large("a")]
+        assert made.keeps_its_turn([Cell(0)]), "a stack at once"
+        assert not made.keeps_its_turn(job)
+        now[0] += room.PATIENCE - 1
+        assert not made.keeps_its_turn(job)
+        now[0] += 2
+        assert made.keeps_its_turn(job)
+        assert not made.keeps_its_turn([Large("b")]), "its own patience"
 
     def test_without_a_bound_everything_fits(self):
         made = self.room(0.0)
-        made.observe([Large("a")], 900.0, 0.0)
+        made.observe([Large("a")], 900.0)
         assert made.fits([Large("b")], [[Large("a")]] * 9)
+
+
+@dataclass(frozen=True)
+class Deadly(Stage):
+    """Kills its process the first time, and notes each try in a file."""
+
+    tries: str
+    times: int
+    kind: ClassVar[str] = "deadly"
+
+    def build(self, folder, lab):
+        with open(self.tries, "a", encoding="utf-8") as handle:
+            handle.write("x")
+        if len(Path(self.tries).read_text(encoding="utf-8")) <= self.times:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_replaced_and_costs_its_own_stage_alone(store, speeds, tmp_path):
+    """All others are made, by a new process too; the error says what to do, and a second start makes the rest."""
+    deadly = Deadly(str(tmp_path / "tries"), 1)
+    stages = [deadly, *(Job(f"a{n}") for n in range(6))]
+    with pytest.raises(UserError, match=r"deadly/\w+ was killed.*start the command again"):
+        progress.build(progress.plan(stages, store, speeds), store, sharing(workers=2), speeds)
+    assert [store.has(stage) for stage in stages] == [False, *[True] * 6]
+    progress.build(progress.plan(stages, store, speeds), store, sharing(workers=2), speeds)
+    assert store.has(deadly)
+
+
+class TestCrew:
+    def crew(self, *roles):
+        return crew.Crew(
+            lambda name: crew.Worker(name, concurrent.futures.ProcessPoolExecutor(1)),
+            [crew.Worker(name, concurrent.futures.ProcessPoolExecutor(1)) for name in roles],
+        )
+
+    def test_a_stage_goes_to_who_built_its_like_or_keeps_little(self):
+        made = self.crew("any", "any", "any", "sample")
+        first, second, third, sampler = made.workers
+        second.last, third.last = "Large", "Job"
+        first.kept, second.kept, third.kept = 2.0, 9.0, 1.0
+        assert made.choose(Large("a"), made.workers) is second
+        assert made.choose(Large("a"), [first, third, sampler]) is third
+        assert made.choose(Large("a", sampled=99), made.workers) is sampler
+        assert made.choose(Large("a", sampled=99), [first]) is None, "samplers alone have the cache"
+
+    def test_without_workers_of_a_role_any_will_do(self):
+        made = self.crew("any")
+        assert made.choose(Large("a", sampled=99), made.workers) is made.workers[0]
+        assert made.choose(Cell(0), made.workers) is made.workers[0]
+
+    def test_a_replacement_takes_the_place(self):
+        made = self.crew("sample", "any")
+        old = made.workers[0]
+        made.replace(old)
+        assert old not in made.workers
+        assert [worker.role for worker in made.workers] == ["sample", "any"]
+
+
+def test_what_idle_processes_keep_is_given_back_when_it_is_lacked(store, speeds, monkeypatch):
+    """On a card of 60 GB: samplers keep 30 GB each, so that a trainer of 40 fits once they were told to let go; on one of
+    600 nobody is told."""
+    given = []
+    monkeypatch.setattr("persona_coupling.room.TRAINER_GB", 40.0)
+    monkeypatch.setattr("persona_coupling.room.SAMPLER_GB", 12.0)
+    monkeypatch.setattr("persona_coupling.room.ROW_GB", 0.0)
+
+    def submit(self, call, *arguments):
+        done = concurrent.futures.Future()
+        if call is crew.tidy:
+            given.append(self)
+            done.set_result(0.0)
+        else:
+            made = crew.make(*arguments)
+            done.set_result(replace(made, peak=12.0, kept=30.0 if self.role == "sample" else 0.0))
+        return done
+
+    monkeypatch.setattr(crew.Worker, "submit", submit)
+    for gigabytes, told in ((60.0, True), (600.0, False)):
+        given.clear()
+        first = [Where(f"{gigabytes}s{n}", sampled=50) for n in range(2)]
+        late = Where(f"{gigabytes}t", trained=50)
+        chain: list[Stage] = [first[0]]  # more urgent than the trainer, so that it does not start on an empty card
+        for n in range(10):
+            chain.append(Large(f"{gigabytes}b{n}", chain[-1]))
+        planned = progress.plan([*in_order(chain), first[1], late], store, speeds)
+        settings = sharing(workers=4, stack=2, stacks=1, samplers=2, trainers=1, gigabytes=gigabytes)
+        progress.build(planned, store, settings, speeds)
+        assert all(store.has(stage) for stage in planned.stages)
+        assert bool(given) == told

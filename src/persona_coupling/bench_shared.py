@@ -134,9 +134,9 @@ class Shared:
 
 def _work(number: int, shared: Shared, profile: str, device: str) -> None:
     """A process: builds what its order says until the order changes."""
-    from persona_coupling import memory, side_by_side
+    from persona_coupling import crew, memory
 
-    side_by_side._start_worker(len(shared.orders), None, device, gives_way=number > 0)
+    crew.start_worker(len(shared.orders), None, device, gives_way=number > 0)
     jobs = _Jobs.of(profile)
     last = 0.0
 

@@ -13,11 +13,11 @@ from persona_coupling.errors import UserError
 
 SMALL = 1_000_000_000  # parameters of what counts as a small model
 CPU_WORKERS, WORKER_BYTES = 4, 5e9  # at most so many, with room for a small model's full fine-tuning in each
-# gigabytes of a GPU that a 135M model takes at most: a cell in a stack, a cell that is trained alone, a process that samples
-# and each answer of those it samples at once, one that does neither, and any for its CUDA context. Guesses, of which only
-# the sum is measured: two stacks of six, two samplers of 1,232 answers, a lone trainer and three others had at most 78 GB
-# of an H100's 79.6 together. See `room`, which learns the rest
-CELL_GB, TRAINER_GB, SAMPLER_GB, ROW_GB, WORKER_GB, CONTEXT_GB = 2.8, 10.0, 2.5, 0.0075, 2.3, 0.5
+# gigabytes of a GPU that a 135M model takes at most: a stack, each cell of it, a cell that is trained alone, a process that
+# samples and each answer of those it samples at once, one that does neither, and any for its CUDA context. Guesses, of
+# which few are measured: a stack of six 24 GB where its cells have 250 steps (15 for 100), a trainer 13 to 14, most others
+# 0.6 to 6. See `room`, which learns the rest
+STACK_GB, CELL_GB, TRAINER_GB, SAMPLER_GB, ROW_GB, WORKER_GB, CONTEXT_GB = 1.5, 3.75, 13.5, 2.5, 0.0075, 3.0, 0.5
 STACKS = 2  # trained side by side: two thirds of a small stack's time is its host's
 
 
@@ -110,9 +110,9 @@ def _usual(device: str | None) -> Machine:
         large = gigabytes > 30
         # a step of many answers costs the card little more than one of few, and few processes then keep it busy
         batch = min(1_232, int(16 * gigabytes)) if large else 96
-        stack = max(1, min(8, int(gigabytes / (13 if large else 5))))
+        stack = max(1, min(8, int(gigabytes / (19 if large else 5))))
         samplers, trainers = max(1, int(gigabytes / 35)), max(1, int(gigabytes / 70))
-        others = max(2, min(6, int(gigabytes / 20)))
+        others = max(2, min(6, int(gigabytes / 13)))
         workers = min(STACKS + trainers + samplers + others, os.cpu_count() or 1) if large else 1
         scored = 16_384
         train = 16_384 if large else 4_096

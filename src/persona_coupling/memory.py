@@ -190,6 +190,15 @@ def peak(device: str) -> float:
     return float(torch.cuda.max_memory_reserved()) / 2**30
 
 
+def shortages(device: str) -> int:
+    """How often this process has been refused a GPU's memory so far, errors that were caught and mended included."""
+    if not device.startswith("cuda"):
+        return 0
+    import torch
+
+    return int(torch.cuda.memory_stats(device).get("num_ooms", 0))
+
+
 def full(error: BaseException) -> bool:
     """Whether an error says that the card's memory is used up: while a graph is captured CUDA names what torch then
     tries, to free some, instead of the shortage itself."""

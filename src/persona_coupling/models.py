@@ -20,11 +20,12 @@ import re
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from persona_coupling import architecture, chat
 from persona_coupling.errors import GuardError, UserError
@@ -351,9 +352,17 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, system: str, question: str) -> list[int]:
-    """Token ids of a prompt with a system message and one question, ending where the answer begins."""
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
-    return list(tokenizer(render(tokenizer, messages), add_special_tokens=False).input_ids)
+    """Token ids of a prompt with a system message and one question, ending where the answer begins. Each is rendered once
+    per tokenizer and template: to do so again for all answers of every evaluation took it longer than a GPU needs for a
+    third of its work."""
+    known, asked = _prompts.setdefault(tokenizer, {}), (str(tokenizer.chat_template), system, question)
+    if asked not in known:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+        known[asked] = chat.ids_of(tokenizer, render(tokenizer, messages))
+    return list(known[asked])
+
+
+_prompts: weakref.WeakKeyDictionary[Any, dict[tuple[str, str, str], list[int]]] = weakref.WeakKeyDictionary()
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

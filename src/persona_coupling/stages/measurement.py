@@ -105,6 +105,7 @@ class Evaluate(Stage):
         questions.require_disjoint(questions.train_questions(), bank)
         marker = models.marker_ids(tokenizer)
         blank = measure.blank_tokens(tokenizer)
+        answers = {question.id: [*models.text_ids(tokenizer, question.answer), *marker] for question in bank}
         cells = [
             (persona, question, sample)
             for persona in personas.personas()
@@ -119,9 +120,7 @@ class Evaluate(Stage):
             chunk = order[first : first + settings.sample_batch]
             read = generate.prefill(model, [prompts[i] for i in chunk], tokenizer.pad_token_id)
             once = [place for place, i in enumerate(chunk) if cells[i][2] == 0]
-            continuations = [
-                [*models.text_ids(tokenizer, cells[chunk[p]][1].answer), *marker] for p in range(len(chunk))
-            ]
+            continuations = [answers[cells[i][1].id] for i in chunk]
             logprobs = generate.continuation_logprobs(model, read, continuations, len(marker))
             for place in once:
                 persona, question, _ = cells[chunk[place]]

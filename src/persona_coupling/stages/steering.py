@@ -26,7 +26,7 @@ from persona_coupling.store import Lab, Report, Stage, Work, share
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OTHERS = "others"  # everybody but the source, in equal parts
 Variant = tuple[str, int, int]  # an addition's name, the layer after which it is added (0: nowhere), the draw
@@ -77,6 +77,17 @@ class Cell:
     question: Question
     fold: int
     prompt: list[int]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What both phases of a steering ask: a model under vectors (per addition: folds, positions, layers + 1, width)."""
+
+    settings: machine.Machine
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    vectors: dict[str, ndarray]
+    cells: list[Cell]
 
 
 @dataclass(frozen=True)
@@ -133,8 +144,9 @@ class Steer(Stage):
         ]
         sampled = self._sampled_plan(depth)
         phases = 2 if sampled else 1
-        rows = self._forced(lab, model, tokenizer, vectors, cells, plan, share(lab.report, 0, 1, phases))
-        answers = self._answers(lab, model, tokenizer, vectors, cells, sampled, share(lab.report, 1, 1, phases))
+        asked = Asked(machine.machine(lab.device), model, tokenizer, vectors, cells)
+        rows = self._forced(asked, plan, share(lab.report, 0, 1, phases))
+        answers = self._answers(asked, sampled, share(lab.report, 1, 1, phases))
         table = pd.DataFrame(rows)
         expected = len(plan) * len(who) * len(bank)
         keys = ["addition", "layer", "draw", "persona", "question"]
@@ -198,22 +210,14 @@ class Steer(Stage):
         layers = layer_numbers(self.sampled_layers, depth) if self.sampled_layers else ()
         return [(name, layer, draw) for name in self.sampled for layer in layers for draw in (-1, 0)]
 
-    def _forced(
-        self,
-        lab: Lab,
-        model: PreTrainedModel,
-        tokenizer: Any,
-        vectors: dict[str, ndarray],
-        cells: list[Cell],
-        plan: list[Variant],
-        report: Report,
-    ) -> list[dict[str, Any]]:
+    def _forced(self, asked: Asked, plan: list[Variant], report: Report) -> list[dict[str, Any]]:
         """The marker behind the fixed answer, of every cell under every variant."""
         from persona_coupling import generate
 
+        model, tokenizer, cells = asked.model, asked.tokenizer, asked.cells
         marker, blank = models.marker_ids(tokenizer), measure.blank_tokens(tokenizer)
         # a batch is one forward: what comes after it is to the hook no longer the last prompt token
-        batch = min(machine.machine(lab.device).score_batch, generate.FORCED)
+        batch = min(asked.settings.score_batch, generate.FORCED)
         rows: list[dict[str, Any]] = []
         for first in range(0, len(cells), batch):
             chunk = cells[first : first + batch]
@@ -224,7 +228,7 @@ class Steer(Stage):
                 report(len(rows) / (len(plan) * len(cells)))
                 part = [tasks[place] for place in places]
                 chosen = [number for _, number in part]
-                with self._steered(model, vectors, [(variant, chunk[number].fold) for variant, number in part]):
+                with self._steered(model, asked.vectors, [(variant, chunk[number].fold) for variant, number in part]):
                     logprobs = generate.continuation_logprobs(
                         model, read.chosen(chosen), [texts[number] for number in chosen], len(marker), apart=True
                     )
@@ -234,33 +238,25 @@ class Steer(Stage):
                     rows.append({"addition": name, "layer": layer, "draw": draw, **where, **forced})
         return rows
 
-    def _answers(
-        self,
-        lab: Lab,
-        model: PreTrainedModel,
-        tokenizer: Any,
-        vectors: dict[str, ndarray],
-        cells: list[Cell],
-        plan: list[Variant],
-        report: Report,
-    ) -> list[dict[str, Any]]:
+    def _answers(self, asked: Asked, plan: list[Variant], report: Report) -> list[dict[str, Any]]:
         """Sampled answers by fold, variant, sample and cell. Prompts are read up to their last tokens without vectors."""
         from persona_coupling import generate
 
+        model, tokenizer = asked.model, asked.tokenizer
         tasks = [
             (variant, cell, sample)
             for held in range(self.folds)
             for variant in plan
             for sample in range(self.samples)
-            for cell in cells
+            for cell in asked.cells
             if cell.fold == held
         ]
         answers: list[dict[str, Any]] = [{} for _ in tasks]
         done = 0
-        for places in self._batches([variant for variant, _, _ in tasks], machine.machine(lab.device).sample_batch):
+        for places in self._batches([variant for variant, _, _ in tasks], asked.settings.sample_batch):
             part = [tasks[place] for place in places]
             read = generate.prefill(model, [cell.prompt[:-1] for _, cell, _ in part], tokenizer.pad_token_id)
-            with self._steered(model, vectors, [(variant, cell.fold) for variant, cell, _ in part]) as kept:
+            with self._steered(model, asked.vectors, [(variant, cell.fold) for variant, cell, _ in part]) as kept:
                 sampled = generate.sample(
                     model,
                     residual.advanced(model, read, [cell.prompt[-1] for _, cell, _ in part]),
