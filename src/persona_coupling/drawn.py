@@ -85,18 +85,21 @@ def _draw(template: _Template, seed: int) -> Factors:
     return factors
 
 
+_templates: dict[tuple[str, str, str, train.Lora], _Template] = {}
+
+
 class Drawer:
-    """Initial adapters and their files for many cells of one model. PEFT is asked once per setting: putting its modules
-    into a model and taking them out again takes as long as dozens of a cell's steps. Its draws are repeated here if they
-    come out bit by bit for one seed; otherwise PEFT draws every cell's."""
+    """Initial adapters and their files for many cells of one model. PEFT is asked once per setting and kind of model in a
+    process: putting its modules into a model and taking them out again takes as long as dozens of a cell's steps. Its
+    draws are repeated here if they come out bit by bit for one seed; otherwise PEFT draws every cell's."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._templates: dict[train.Lora, _Template] = {}
+        self._kind = model.name_or_path, str(model.dtype), model.config.to_json_string()
 
     def _template(self, settings: train.Training) -> _Template:
         lora, probe = lora_of(settings), 1
-        if lora not in self._templates:
+        if (*self._kind, lora) not in _templates:
             with with_peft(self.model, settings, probe) as adapted, tempfile.TemporaryDirectory() as scratch:
                 wanted = {name: (a.float().cpu(), b.float().cpu()) for name, (a, b) in pairs_of(adapted).items()}
                 train.save_adapter(adapted, Path(scratch))
@@ -105,8 +108,8 @@ class Drawer:
             template = _Template(shapes, self.model.dtype, config, known=False)
             again = _draw(template, probe)
             known = all(torch.equal(x, y) for n in wanted for x, y in zip(wanted[n], again[n], strict=True))
-            self._templates[lora] = replace(template, known=known)
-        return self._templates[lora]
+            _templates[*self._kind, lora] = replace(template, known=known)
+        return _templates[*self._kind, lora]
 
     def initial(self, settings: train.Training, seed: int) -> Factors:
         """The adapter from which TRL's path would start."""

@@ -155,6 +155,25 @@ def _attempt(do: Callable[..., Any], *arguments: Any) -> Any:
         return error
 
 
+ENCODED = 16  # corpora whose encoded rows a process keeps, about 2 MB each
+_kept: dict[tuple[Any, str, str, int], Any] = {}
+
+
+def _encoded(stage: FineTune, tokenizer: Any, lab: Lab) -> train.Encoded:
+    """A cell's rows, to be encoded when they are first asked for. Those of the last corpora are kept: cells of one stack and
+    of the next share them, and a corpus takes longer to encode than a GPU takes to train on it."""
+    from persona_coupling import train
+
+    key = (tokenizer, stage.rows.key, stage.training.loss, stage.training.tail)
+    rows = _kept.pop(key, None)
+    if rows is None:
+        rows = train.Encoded(tokenizer, stage.conversations(lab), stage.training)
+    _kept[key] = rows  # last: the most recently used
+    while len(_kept) > ENCODED:
+        del _kept[next(iter(_kept))]
+    return rows
+
+
 def _write(
     stages: Sequence[FineTune],
     folders: Sequence[Path],
@@ -169,15 +188,9 @@ def _write(
     """Train stages on one model through `captured` and write each into its folder; their records end in `how`."""
     from persona_coupling import batches, captured, drawn, train
 
-    encoded: dict[tuple[str, str, int], train.Encoded] = {}  # rows that several cells share, once
-
     def chain(stage: FineTune, beside: tuple[Any, ...]) -> batches.Chain:
-        key = (stage.rows.key, stage.training.loss, stage.training.tail)
-        if key not in encoded:
-            encoded[key] = train.Encoded(tokenizer, stage.conversations(lab), stage.training)
-        return batches.Chain(
-            train.arranged(encoded[key], stage.training, stage.seed), stage.training, stage.seed, beside
-        )
+        rows = train.arranged(_encoded(stage, tokenizer, lab), stage.training, stage.seed)
+        return batches.Chain(rows, stage.training, stage.seed, beside)
 
     def write(chained: batches.Chain, made: Any, folder: Path) -> dict[str, Any]:
         if isinstance(made, Exception):
