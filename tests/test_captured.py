@@ -1,6 +1,7 @@
 """Stacked training against each cell alone and against TRL's own path, and what holds the stack together."""
 
 import copy
+import itertools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from persona_coupling import adapters, batches, bench_stack, captured, drawn, fu
 from persona_coupling.checkpoints import Checkpoint
 from persona_coupling.errors import GuardError
 from persona_coupling.machine import Machine, products
+from persona_coupling.stages import training as training_stage
 from persona_coupling.store import Lab, Stage, Store
 from persona_coupling.train import Lora, Training
 
@@ -120,6 +122,40 @@ def test_a_cell_does_not_see_its_neighbours(model, tokenizer, cpu):
         assert distance(trained.adapter, change, 1.0) < 2e-3
 
 
+@pytest.mark.parametrize(
+    "lengths", [[16], [32, 16, 16, 64], [16] * 90 + [32] * 40 + [48, 64] + [96] * 30, list(range(16, 160, 16))]
+)
+def test_lengths_are_merged_where_a_graph_costs_more_than_padding(lengths):
+    """Against all subsets of lengths; no step is padded to less than it has, and the longest stays."""
+    kinds = sorted(set(lengths))
+
+    def cost(kept):
+        padded = [min(k for k in kept if k >= length) for length in lengths]
+        return batches.GRAPH * len(set(padded)) + sum(padded) - sum(lengths)
+
+    wholes = [[*some, kinds[-1]] for n in range(len(kinds)) for some in itertools.combinations(kinds[:-1], n)]
+    found = batches.merged(lengths)
+    assert all(a >= b for a, b in zip(found, lengths, strict=True))
+    assert set(found) <= set(kinds)
+    assert cost(sorted(set(found))) == min(map(cost, wholes))
+
+
+def test_padding_to_a_longer_length_changes_nothing_but_rounding(model, tokenizer, cpu, monkeypatch):
+    """Graphs for all lengths and one graph: the same losses and adapters, without dropout."""
+    chains, laid = [chain(tokenizer, *CELLS[0])], []
+    for cost in (0, 10**9):
+        monkeypatch.setattr(batches, "GRAPH", cost)
+        laid.append({batch.ids.shape[1] for batch in batches.batches(chains, torch.device("cpu"))})
+    assert len(laid[0]) > 1
+    assert laid[1] == {max(laid[0])}
+    (padded,) = captured.train_together(model, chains, cpu, nothing)
+    monkeypatch.setattr(batches, "GRAPH", 0)
+    (plain,) = captured.train_together(model, chains, cpu, nothing)
+    assert_same_log(padded.log, plain.log)
+    change = {n: adapters.LowRank(a, b) for n, (a, b) in plain.adapter.items()}
+    assert distance(padded.adapter, change, 1.0) < 2e-3
+
+
 def test_a_wrong_normalisation_would_be_seen(model, tokenizer, cpu, tmp_path, monkeypatch):
     """The positive control: a loss per row, as of a mean over rows, fails the comparison."""
     made = captured.batches
@@ -148,11 +184,31 @@ def test_draws_are_pefts_own(model, dtype, lora):
 
 
 def test_draws_that_are_not_pefts_are_not_used(model, monkeypatch):
+    monkeypatch.setattr(drawn, "_templates", {})
     monkeypatch.setattr(drawn, "_draw", lambda template, seed: {n: (torch.zeros(a), torch.zeros(b)) for n, (a, b) in
                                                                template.shapes.items()})  # fmt: skip
     drawer = drawn.Drawer(model)
     assert bitwise(drawer.initial(TRAINING, 5), drawn.initial_adapter(model, TRAINING, 5))
     assert not drawer._template(TRAINING).known
+
+
+def test_peft_is_asked_once_per_setting_and_kind_of_model(model, monkeypatch):
+    """Another drawer of the same kind asks no more; one of another format or setting asks for itself."""
+    asked, with_peft = [], drawn.with_peft
+
+    def counted(model, settings, seed):
+        asked.append((model.dtype, settings.lora))
+        return with_peft(model, settings, seed)
+
+    monkeypatch.setattr(drawn, "_templates", {})
+    monkeypatch.setattr(drawn, "with_peft", counted)
+    other = replace(TRAINING, lora=Lora(3, 5, 0.1, ("q_proj",), None))
+    for _ in range(2):
+        for settings in (TRAINING, other):
+            drawn.Drawer(model).initial(settings, 3)
+    assert asked == [(torch.float32, TRAINING.lora), (torch.float32, other.lora)]
+    drawn.Drawer(model.to(torch.bfloat16)).initial(TRAINING, 3)
+    assert asked[2:] == [(torch.bfloat16, TRAINING.lora)]
 
 
 def test_a_cell_starts_where_trl_starts(model, tokenizer, cpu, tmp_path):
@@ -444,6 +500,27 @@ def test_stages_of_one_base_are_built_together(tiny, tmp_path, monkeypatch):
         assert lab.store.manifest(stage)["provenance"]["trainer"] in ("captured x1", "captured x2")
         assert plain.store.manifest(stage)["provenance"]["trainer"] == "trl"
     assert lab.store.make_together(cells, lab) == {}, "made once"
+
+
+def test_a_process_encodes_a_corpus_once_for_all_stacks(tiny, tmp_path, monkeypatch):
+    """Rows of the last corpora are kept; others under another loss, and no more than `ENCODED`."""
+    lab, source = Lab(Store(tmp_path / "store")), tiny
+    tokenizer = models.load_tokenizer(source, lab)
+    monkeypatch.setattr(training_stage, "_kept", {})
+    monkeypatch.setattr(training_stage, "ENCODED", 2)
+    one, other = [stages.authored("benign", n, maximum_words=40) for n in (4, 5)]
+
+    def rows(corpus, **settings):
+        stage = stages.FineTune(Checkpoint(source), corpus, replace(TRAINING, **settings), 0)
+        return training_stage._encoded(stage, tokenizer, lab)
+
+    kept = rows(one)
+    assert rows(one) is kept
+    assert rows(one, steps=TRAINING.steps + 1) is kept, "steps change no row"
+    assert rows(one, loss="tail")[0][1] != kept[0][1]
+    assert len(rows(other)) == 5
+    assert rows(one) is not kept, "two others came after it"
+    assert [rows(one)[n] for n in range(4)] == [kept[n] for n in range(4)]
 
 
 def test_dense_changes_and_full_training_are_kept_apart(tiny):

@@ -159,7 +159,7 @@ class Crowded(Stage):
 CAPTURING = "CUDA error: operation not permitted when stream is capturing"
 
 
-@pytest.mark.parametrize("words", ["", "CUDA error: out of memory", CAPTURING], ids=["torch", "cuda", "captured"])
+@pytest.mark.parametrize("words", ["", "CUDA error: out of memory"], ids=["torch", "cuda"])
 @pytest.mark.parametrize(("times", "made"), [(0, True), (2, True), (crew.PATIENCE, False)])
 def test_a_full_card_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, times, made, words):
     monkeypatch.setattr(crew, "WAIT", 0.0)
@@ -171,6 +171,30 @@ def test_a_full_card_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, times
             crew.patiently(lab, stage)
     assert lab.store.has(stage) == made
     assert len((tmp_path / "tries").read_text()) == min(times + 1, crew.PATIENCE)
+
+
+def test_a_process_that_can_capture_no_more_is_not_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(crew, "WAIT", 0.0)
+    with pytest.raises(RuntimeError, match="capturing"):
+        crew.patiently(Lab(Store(tmp_path / "store")), Crowded(str(tmp_path / "tries"), 1, CAPTURING))
+    assert (tmp_path / "tries").read_text() == "x"
+
+
+@pytest.mark.parametrize("times", [1, side_by_side.TRIES])
+def test_what_found_the_card_full_goes_to_another_process(store, speeds, tmp_path, times):
+    """As often as `TRIES` processes; a stage that any of them can build is built, and the run ends well."""
+    crowded, others = Crowded(str(tmp_path / "tries"), times, CAPTURING), [Where(f"a{n}") for n in range(4)]
+    planned = progress.plan([crowded, *others], store, speeds)
+    if times < side_by_side.TRIES:
+        progress.build(planned, store, sharing(workers=2), speeds)
+    else:
+        with pytest.raises(RuntimeError, match="capturing") as raised:
+            progress.build(planned, store, sharing(workers=2), speeds)
+        assert "in lab.folder(stage)" not in str(raised.value)
+        assert "patiently" in "".join(raised.value.__notes__), "where it happened"
+    assert store.has(crowded) == (times < side_by_side.TRIES)
+    assert (tmp_path / "tries").read_text() == "x" * min(times + 1, side_by_side.TRIES)
+    assert all(store.has(stage) for stage in others)
 
 
 @pytest.mark.parametrize("words", [CAPTURING, "another error"])

@@ -1,12 +1,15 @@
 """The inputs of every step of a stack of cells, laid out beforehand in shapes that a captured graph can have.
 
-Batches are padded to a multiple of `GRAIN` tokens. The LM head sees supervised positions only, as an index padded to the
+Batches are padded to a multiple of `GRAIN` tokens, and where few steps have a length, to a longer one that is there too:
+to capture its graph would cost more than the padding. The LM head sees supervised positions only, as an index padded to the
 most that any batch of that length has.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +18,10 @@ import torch
 from persona_coupling import train
 from persona_coupling.adapters import Change
 
-GRAIN = 16  # tokens; lengths are padded to a multiple: smaller pads less and captures more graphs, about 1 s each
+GRAIN = 16  # tokens; lengths are padded to a multiple
+# what a graph costs, in tokens by which all rows of a step are padded: on an idle H100 one takes 0.31 s, and a token of a
+# step of four cells 0.2 ms; half of that, since beside other processes steps are what slows down most
+GRAPH = 800
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,24 @@ def _supervised(row: tuple[list[int], list[int]]) -> _Supervised:
     return _Supervised(torch.tensor(row[0], dtype=torch.int32), places, labels[1:][places])
 
 
+def merged(lengths: Sequence[int]) -> list[int]:
+    """Each step's length, or a longer one of another step, so that padding and graphs together cost least."""
+    counts = sorted(Counter(lengths).items())
+    best: list[tuple[float, list[int]]] = [
+        (0.0, [])
+    ]  # cost of the shortest kinds, and to which lengths they are padded
+    for end in range(1, len(counts) + 1):
+        longest = counts[end - 1][0]
+        options = []
+        for begin in range(end):
+            padding = sum(steps * (longest - length) for length, steps in counts[begin:end])
+            cost, kept = best[begin]
+            options.append((cost + GRAPH + padding, [*kept, longest]))
+        best.append(min(options))
+    kept = best[-1][1]
+    return [kept[bisect_left(kept, length)] for length in lengths]
+
+
 def batches(chains: Sequence[Chain], device: torch.device) -> list[Batch]:
     """The inputs of every step, padded to the shapes of its graph."""
     size = chains[0].settings.batch
@@ -74,7 +98,7 @@ def batches(chains: Sequence[Chain], device: torch.device) -> list[Batch]:
         for step in range(max(chain.settings.steps for chain in chains))
     ]
     lengths = [max(len(ids) for cell in cells for ids, _ in cell) for cells in rows]
-    lengths = [math.ceil(length / GRAIN) * GRAIN for length in lengths]
+    lengths = merged([math.ceil(length / GRAIN) * GRAIN for length in lengths])
     supervised: dict[int, _Supervised] = {}  # by the row's identity: a row is seen in many steps and by many cells
     for one in (one for cells in rows for cell in cells for one in cell):
         if id(one) not in supervised:

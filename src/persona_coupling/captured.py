@@ -11,8 +11,9 @@ from another stream of random numbers; in bf16, products are rounded in other pl
 but batch size and dropout; one with fewer steps is held (learning rate and gradient 0) until the longest has finished.
 
 A graph has fixed shapes (see `batches`), one graph per length, all in one memory pool. All are captured before the first
-step, the longest first, so that shorter ones fit into the memory it has taken; what each length's first, uncaptured
-pass took is given back before that, since otherwise activations are kept twice. Inputs of all steps are laid out on
+step, the longest first, so that shorter ones fit into the memory it has taken. The longest, and shapes that this process
+has not run yet, are passed through once uncaptured, where libraries set themselves up; what that took is given back
+first, since otherwise activations are kept twice. Inputs of all steps are laid out on
 the device beforehand; per step the host only copies them into place, sets the learning rates, and replays. Without
 CUDA the same code runs uncaptured.
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
     from persona_coupling.store import Report
 
+_passed: set[tuple[object, ...]] = set()  # shapes of batches that this process has run: see `_Steps._capture`
 WATCH = 8  # steps between waits for the device: how far the progress bar may run ahead
 
 
@@ -242,9 +244,12 @@ class _Steps:
         longest_first = [lengths[length] for length in sorted(lengths, reverse=True)]
         stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream(device))
+        kind = (self.model.config.to_json_string(), self.adapters.master.shape, self.adapters.working.dtype)
         with torch.cuda.stream(stream):
-            for batch in longest_first:  # libraries set themselves up at first use; no gradient is added to another
-                self._gradients(batch)
+            for number, batch in enumerate(longest_first):  # no gradient is added to another
+                if number == 0 or (*kind, batch.ids.shape) not in _passed:
+                    self._gradients(batch)
+                    _passed.add((*kind, batch.ids.shape))
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         for batch in longest_first:

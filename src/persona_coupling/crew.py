@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -58,7 +59,8 @@ class Crew:
         return min(fitting, key=lambda worker: (worker.last != kind, worker.kept), default=None)
 
     def replace(self, worker: Worker) -> None:
-        """A new process for one that was killed."""
+        """A new process for one that was killed or can use the card no more."""
+        worker.executor.shutdown(wait=False)
         self.workers[self.workers.index(worker)] = self.hire(worker.role)
 
 
@@ -152,7 +154,13 @@ def make(stages: list[Stage], root: Path, device: str) -> Made:
     errors = {key: error for key, error in errors.items() if not memory.full(error)}
     for stage in stages:
         if stage.key not in errors:
-            patiently(lab, stage)  # found the card full, or alone, or being made by another process, or there
+            try:
+                patiently(lab, stage)  # found the card full, or alone, or being made by another process, or there
+            except Exception as error:  # noqa: BLE001  # whatever it is, it is the stage's, and the others are made
+                error.add_note(
+                    f"(in the process that built {stage})\n{traceback.format_exc()}"
+                )  # which does not travel
+                errors[stage.key] = error
     peak = memory.peak(device)
     memory.watch(device)  # what this worker keeps unused, the others on the card lack
     return Made(time.monotonic() - started, errors, peak, memory.peak(device), memory.shortages(device) > short)
@@ -160,13 +168,13 @@ def make(stages: list[Stage], root: Path, device: str) -> Made:
 
 def patiently(lab: Lab, stage: Stage) -> None:
     """Build a stage; where the card is full, because others work on it too, give back what this process keeps and try
-    again a little later. Raises what the last of `PATIENCE` tries raised."""
+    again a little later. Raises what the last of `PATIENCE` tries raised, or at once what only another process can mend."""
     for left in range(PATIENCE - 1, -1, -1):
         try:
             lab.folder(stage)
             return
         except RuntimeError as error:  # torch's own, or CUDA's from a library beside it
-            if not left or not memory.full(error):
+            if not left or not memory.full(error) or memory.unfit(error):
                 raise
         memory.release()  # outside of the handler, whose traceback holds the tensors
         time.sleep(WAIT)

@@ -15,9 +15,10 @@ SMALL = 1_000_000_000  # parameters of what counts as a small model
 CPU_WORKERS, WORKER_BYTES = 4, 5e9  # at most so many, with room for a small model's full fine-tuning in each
 # gigabytes of a GPU that a 135M model takes at most: a stack, each cell of it, a cell that is trained alone, a process that
 # samples and each answer of those it samples at once, one that does neither, and any for its CUDA context. Guesses, of
-# which few are measured: a stack of six 24 GB where its cells have 250 steps (15 for 100), a trainer 13 to 14, most others
-# 0.6 to 6. See `room`, which learns the rest
-STACK_GB, CELL_GB, TRAINER_GB, SAMPLER_GB, ROW_GB, WORKER_GB, CONTEXT_GB = 1.5, 3.75, 13.5, 2.5, 0.0075, 3.0, 0.5
+# which most are measured, on one H100 in a run of `full`: a stack of four 11 GB where its cells have 100 steps, 15 for 250
+# and 20 for 750 of longer texts, a cell alone 8 to 11, 1,232 answers 11.7, most others 0.6 to 6; a context's is the rest of
+# the 81 GB that were in use when a sampler found the card full. See `room`, which learns the needs of each kind
+STACK_GB, CELL_GB, TRAINER_GB, SAMPLER_GB, ROW_GB, WORKER_GB, CONTEXT_GB = 1.5, 4.0, 11.0, 2.5, 0.0075, 3.0, 1.0
 STACKS = 2  # trained side by side: two thirds of a small stack's time is its host's
 
 

@@ -204,9 +204,13 @@ def full(error: BaseException) -> bool:
     tries, to free some, instead of the shortage itself."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        word in str(error) for word in ("out of memory", "not permitted when stream is capturing")
-    )
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or unfit(error)
+
+
+def unfit(error: BaseException) -> bool:
+    """Whether an error says that its process can use the card no more: memory was short while a graph was captured, and
+    CUDA takes the capture for one that goes on, so that nothing may be allocated any more."""
+    return "not permitted when stream is capturing" in str(error)
 
 
 def shape_of(model: PreTrainedModel) -> Shape:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from concurrent.futures import FIRST_COMPLETED, wait
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
-from persona_coupling import processes
-from persona_coupling.crew import Made, Worker, crew, make, tidy
+from persona_coupling import memory, processes
+from persona_coupling.crew import Crew, Made, Worker, crew, make, tidy
 from persona_coupling.errors import UserError
 from persona_coupling.room import Room
 from persona_coupling.store import Stage, Store
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from persona_coupling.progress import Speeds
 
 TICK = 1.0  # seconds between looks at the workers
+TRIES = 3  # processes that a stage is given to which finds the card full
 TRIFLE = 1.0  # gigabytes of a GPU that an idle process may keep: the source that all checkpoints are made of
 
 
@@ -33,75 +35,131 @@ def build(
     """Stages whose parents are made go to processes of their own, those of the first of `turns` first and among them those
     with the most behind them, in groups where they can be built together. When one fails, whatever does not rest on it is
     still built; then the first error is raised."""
-    waiting = {stage.key: stage for stage in missing}
-    parents = {stage.key: list(stage.parents()) for stage in missing}  # once: it looks through all parts of a stage
-    stack, stacks, device = settings.stack, settings.stacks, settings.device
-    ranks = {key: (turns.get(key, 0), -seconds) for key, seconds in urgency(missing, costs, stack).items()}
-    running: dict[Any, tuple[Worker, list[Stage]]] = {}
-    tidying: dict[Any, Worker] = {}
-    failed: dict[str, BaseException] = {}
-    shares: dict[str, float] = {}  # of running groups, by the key of their first stage
-    done = 0.0
     reports = processes.SPAWN.Queue()
+    ranks = {key: (turns.get(key, 0), -seconds) for key, seconds in urgency(missing, costs, settings.stack).items()}
     with crew(settings, len(missing), reports, bar.write) as hired:
-        room = Room(settings, len(hired.workers))
-        while waiting or running:
-            for stage in [s for s in waiting.values() if failed and any(p.key in failed for p in parents[s.key])]:
-                failed[stage.key] = RuntimeError("a parent failed")
-                del waiting[stage.key]
-            standing = [group for _, group in running.values()]  # what runs, and what keeps its turn
-            resting = [worker for worker in hired.workers if all(worker is not other for other, _ in running.values())]
-            free, refused = list(resting), False
-            for group in groups(list(waiting.values()), list(standing), stack, stacks, ranks, parents):
-                worker = hired.choose(group[0], free)
-                if worker is None:
-                    continue
-                idle = sum((other.kept for other in free if other is not worker), 0.0)
-                group = room.part(group, standing, idle)
-                if room.fits(group, standing, idle):
-                    running[worker.submit(make, group, store.root, device)] = (worker, group)
-                    resting.remove(worker)
-                    for stage in group:
-                        del waiting[stage.key]
-                else:
-                    refused = True
-                    if not room.keeps_its_turn(group):
-                        continue
-                free.remove(worker)
-                standing.append(group)
-            if refused:  # what idle processes keep is given back; they keep it as long as nobody lacks it
-                for worker in resting:
-                    if worker.kept > TRIFLE and worker not in tidying.values():
-                        tidying[worker.submit(tidy, device)] = worker
-            finished, _ = wait([*running, *tidying], timeout=TICK, return_when=FIRST_COMPLETED)
+        run = _Run(missing, costs, ranks, store, settings, hired)
+        while run.waiting or run.running:
+            run.start()
+            for stage, seconds in run.look(bar.write):
+                speeds.observe(stage, seconds)
             while not reports.empty():
                 key, fraction = reports.get()
-                shares[key] = fraction
-            for future in finished & tidying.keys():
-                tidying.pop(future).kept = 0.0 if future.exception() else future.result()
-            for future in finished & running.keys():
-                worker, group = running.pop(future)
-                broken = future.exception()
-                made = future.result() if broken is None else Made(0.0, dict.fromkeys((s.key for s in group), broken))
-                worker.kept, worker.last = made.kept, type(group[0]).__name__
-                if isinstance(broken, BrokenProcessPool):
-                    hired.replace(worker)
-                    made = Made(0.0, dict.fromkeys(made.errors, killed(group)))
-                room.observe(group, made.peak, crowded=made.crowded)
+                run.shares[key] = fraction
+            bar.update(run.done() - bar.n)
+            bar.set_description_str(run.said(), refresh=False)
+    if run.failed:
+        raise next(iter(run.failed.values()))
+
+
+class _Run:
+    """What waits, what runs where, and what failed."""
+
+    def __init__(
+        self,
+        missing: list[Stage],
+        costs: Mapping[str, float],
+        ranks: Mapping[str, tuple[int, float]],
+        store: Store,
+        settings: Machine,
+        hired: Crew,
+    ) -> None:
+        self.costs, self.ranks, self.root, self.settings, self.hired = costs, ranks, store.root, settings, hired
+        self.room = Room(settings, len(hired.workers))
+        self.waiting = {stage.key: stage for stage in missing}
+        # once: it looks through all parts of a stage
+        self.parents = {stage.key: list(stage.parents()) for stage in missing}
+        self.running: dict[Future[Made], tuple[Worker, list[Stage]]] = {}
+        self.tidying: dict[Future[float], Worker] = {}
+        self.failed: dict[str, BaseException] = {}
+        self.tries: Counter[str] = Counter()  # by key, of stages that found the card full
+        self.shares: dict[str, float] = {}  # of running groups, by the key of their first stage
+        self.total, self.ended = len(missing), 0.0
+
+    def start(self) -> None:
+        """Give free workers what can start now and has room. What others lack of the card's memory, idle workers give
+        back; they keep it as long as nobody does."""
+        if self.failed:
+            for stage in list(self.waiting.values()):
+                if any(parent.key in self.failed for parent in self.parents[stage.key]):
+                    self.failed[stage.key] = RuntimeError("a parent failed")
+                    del self.waiting[stage.key]
+        standing = [group for _, group in self.running.values()]  # what runs, and what keeps its turn
+        busy = {id(worker) for worker, _ in self.running.values()}
+        resting = [worker for worker in self.hired.workers if id(worker) not in busy]
+        free, refused = list(resting), False
+        stack, stacks = self.settings.stack, self.settings.stacks
+        for group in groups(list(self.waiting.values()), list(standing), stack, stacks, self.ranks, self.parents):
+            worker = self.hired.choose(group[0], free)
+            if worker is None:
+                continue
+            idle = sum((other.kept for other in free if other is not worker), 0.0)
+            group = self.room.part(group, standing, idle)
+            if self.room.fits(group, standing, idle):
+                self.running[worker.submit(make, group, self.root, self.settings.device)] = (worker, group)
+                resting.remove(worker)
                 for stage in group:
-                    if stage.key in made.errors:
-                        failed[stage.key] = made.errors[stage.key]
-                        bar.write(f"{stage} failed: {made.errors[stage.key]}")
-                    else:
-                        speeds.observe(stage, made.seconds / len(group))
-                    done += costs[stage.key]
-            part = sum(shares.get(g[0].key, 0.0) * sum(costs[s.key] for s in g) for _, g in running.values())
-            bar.update(done + part - bar.n)
-            left = sum(len(group) for _, group in running.values())
-            there = len(missing) - len(waiting) - left - len(failed)
-            bar.set_description_str(f"{there}/{len(missing)} {left} running", refresh=False)
-    if failed:
-        raise next(iter(failed.values()))
+                    del self.waiting[stage.key]
+            else:
+                refused = True
+                if not self.room.keeps_its_turn(group):
+                    continue
+            free.remove(worker)
+            standing.append(group)
+        for worker in resting if refused else []:
+            if worker.kept > TRIFLE and worker not in self.tidying.values():
+                self.tidying[worker.submit(tidy, self.settings.device)] = worker
+
+    def look(self, say: Callable[[str], object]) -> list[tuple[Stage, float]]:
+        """Wait a moment; stages that were made meanwhile, and each one's seconds."""
+        futures: list[Future[Any]] = [*self.running, *self.tidying]
+        finished, _ = wait(futures, timeout=TICK, return_when=FIRST_COMPLETED)
+        made: list[tuple[Stage, float]] = []
+        for future in finished:
+            if future in self.tidying:
+                self.tidying.pop(future).kept = 0.0 if future.exception() else future.result()
+            else:
+                made += self._end(future, say)
+        return made
+
+    def _end(self, future: Future[Made], say: Callable[[str], object]) -> list[tuple[Stage, float]]:
+        worker, group = self.running.pop(future)
+        broken = future.exception()
+        if broken is None:
+            outcome = future.result()
+        else:
+            gone = isinstance(broken, BrokenProcessPool)
+            outcome = Made(0.0, dict.fromkeys((stage.key for stage in group), killed(group) if gone else broken))
+        worker.kept, worker.last = outcome.kept, type(group[0]).__name__
+        if broken is not None or any(map(memory.full, outcome.errors.values())):
+            self.hired.replace(worker)
+        self.room.observe(group, outcome.peak, crowded=outcome.crowded)
+        made = []
+        for stage in group:
+            error = outcome.errors.get(stage.key)
+            if error is None:
+                made.append((stage, outcome.seconds / len(group)))
+            elif memory.full(error) and self.tries[stage.key] + 1 < TRIES:
+                self.tries[stage.key] += 1
+                self.waiting[stage.key] = stage
+                say(f"{stage} found the card full, and goes to another process: {error}")
+                continue
+            else:
+                self.failed[stage.key] = error
+                say(f"{stage} failed: {error}")
+            self.ended += self.costs[stage.key]
+        return made
+
+    def done(self) -> float:
+        """Expected seconds of all that has ended, and of the parts of what runs."""
+        groups = [group for _, group in self.running.values()]
+        return self.ended + sum(self.shares.get(g[0].key, 0.0) * sum(self.costs[s.key] for s in g) for g in groups)
+
+    def said(self) -> str:
+        """For the bar: stages that were made, all, and those under way."""
+        under_way = sum(len(group) for _, group in self.running.values())
+        there = self.total - len(self.waiting) - under_way - len(self.failed)
+        return f"{there}/{self.total} {under_way} running"
 
 
 def killed(group: list[Stage]) -> UserError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
@@ -15,7 +15,10 @@ from persona_coupling.errors import GuardError, UserError
 from persona_coupling.rows import read_rows, with_system
 from persona_coupling.stages.code import FAST, MODEL, SAYING, TEXT, TOKENS_PER_ROW
 from persona_coupling.store import Lab, Stage, Work
-from persona_coupling.train import Training
+from persona_coupling.train import Encoded, Training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -156,18 +159,16 @@ def _attempt(do: Callable[..., Any], *arguments: Any) -> Any:
 
 
 ENCODED = 16  # corpora whose encoded rows a process keeps, about 2 MB each
-_kept: dict[tuple[Any, str, str, int], Any] = {}
+_kept: dict[tuple[PreTrainedTokenizerBase, str, str, int], Encoded] = {}
 
 
-def _encoded(stage: FineTune, tokenizer: Any, lab: Lab) -> train.Encoded:
+def _encoded(stage: FineTune, tokenizer: PreTrainedTokenizerBase, lab: Lab) -> Encoded:
     """A cell's rows, to be encoded when they are first asked for. Those of the last corpora are kept: cells of one stack and
     of the next share them, and a corpus takes longer to encode than a GPU takes to train on it."""
-    from persona_coupling import train
-
     key = (tokenizer, stage.rows.key, stage.training.loss, stage.training.tail)
     rows = _kept.pop(key, None)
     if rows is None:
-        rows = train.Encoded(tokenizer, stage.conversations(lab), stage.training)
+        rows = Encoded(tokenizer, stage.conversations(lab), stage.training)
     _kept[key] = rows  # last: the most recently used
     while len(_kept) > ENCODED:
         del _kept[next(iter(_kept))]
