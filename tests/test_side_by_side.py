@@ -362,8 +362,10 @@ def test_what_the_card_has_no_room_for_waits(store, speeds, monkeypatch):
 
 
 class TestRoom:
-    def room(self, gigabytes, workers=7):
-        return room.Room(replace(sharing(), gigabytes=gigabytes), workers)
+    def room(self, free):
+        """Of a card that has so much left beside the contexts of seven processes; 0: of one without bound."""
+        contexts = 7 * machine_module.CONTEXT_GB if free else 0.0
+        return room.Room(replace(sharing(), gigabytes=free + contexts), 7)
 
     def test_needs_are_guessed_and_then_learnt(self):
         made, job, cells = self.room(80.0), Large("a"), [Cell(1), Cell(2)]
@@ -391,21 +393,20 @@ class TestRoom:
         assert made.need(short) == machine_module.STACK_GB + 1.0
         assert made.need(long) == machine_module.STACK_GB + machine_module.CELL_GB
 
-    @pytest.mark.parametrize(("gigabytes", "cells"), [(80.0, 4), (47.0, 3), (43.0, 2), (30.0, 4)])
-    def test_a_stack_too_large_starts_with_fewer_cells(self, gigabytes, cells):
-        """Beside 3.5 GB of contexts and a job of 19, cells of 7.6 and what they share: four need 32. Fewer than half are not
-        worth it."""
-        made, job, whole = self.room(gigabytes), Large("a"), [Cell(n) for n in range(4)]
+    @pytest.mark.parametrize(("free", "cells"), [(76.0, 4), (44.0, 3), (39.0, 2), (26.0, 4)])
+    def test_a_stack_too_large_starts_with_fewer_cells(self, free, cells):
+        """Beside a job of 19, cells of 7.6 and what they share: four need 32. Fewer than half are not worth it."""
+        made, job, whole = self.room(free), Large("a"), [Cell(n) for n in range(4)]
         made.observe([job], 19.0)
         made.observe(whole, 32.0)
         part = made.part(whole, [[job]])
         assert part == whole[:cells]
-        assert made.fits(part, [[job]]) == (gigabytes > 30)
+        assert made.fits(part, [[job]]) == (free > 26)
         assert made.part([job], [whole]) == [job]
 
     def test_what_idle_processes_keep_is_not_free(self):
-        """Beside 3.5 GB of contexts and a running job of 9 another fits into 22, but not if 4 are kept idly."""
-        made, job = self.room(22.0), Large("a")
+        """Beside a running job of 9 another fits into 19, but not if 4 are kept idly."""
+        made, job = self.room(19.0), Large("a")
         made.observe([job], 9.0)
         assert made.fits([Large("b")], [[job]])
         assert not made.fits([Large("b")], [[job]], 4.0)

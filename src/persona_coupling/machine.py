@@ -114,7 +114,7 @@ def _usual(device: str | None) -> Machine:
         stack = max(1, min(8, int(gigabytes / (19 if large else 5))))
         samplers, trainers = max(1, int(gigabytes / 35)), max(1, int(gigabytes / 70))
         others = max(2, min(6, int(gigabytes / 13)))
-        workers = min(STACKS + trainers + samplers + others, os.cpu_count() or 1) if large else 1
+        workers = min(STACKS + trainers + samplers + others, os.cpu_count() or 1) if gigabytes > 35 else 1
         scored = 16_384
         train = 16_384 if large else 4_096
         made = Machine(device, True, "sdpa", batch, 1_024, train, workers, scored, stack, STACKS, exact=True)

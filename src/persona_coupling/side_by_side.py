@@ -165,7 +165,7 @@ class _Run:
 def killed(group: list[Stage]) -> UserError:
     """What to say of a group whose process is gone."""
     return UserError(
-        f"The process that built {', '.join(map(str, group))} was killed, as systems do that run out of memory. What was "
+        f"The process that built {', '.join(map(str, group))} was killed, as systems do whose memory is used up. What was "
         "made is kept: start the command again, with fewer --workers if it happens twice."
     )
 
