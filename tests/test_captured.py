@@ -697,10 +697,10 @@ def test_the_bench_measures_every_step_that_captures_nothing(cpu):
 # ------------------------------------------------------------------------------------------- on a GPU
 
 
-def on_a_gpu(*, bf16):
+def on_a_gpu(*, bf16, dropout=0.0):
     """Four layers of SmolLM2's shape, a cell of twelve steps, and the settings of a card."""
     shape = {**bench_stack.SHAPE, "num_hidden_layers": 4}
-    cell = bench_stack.chain(bench_stack.random_rows(64, shape["vocab_size"]), 12, 0, dropout=0.0)
+    cell = bench_stack.chain(bench_stack.random_rows(64, shape["vocab_size"]), 12, 0, dropout=dropout)
     cell = replace(cell, settings=replace(cell.settings, learning_rate=1e-3))
     return shape, cell, Machine("cuda", bf16, "sdpa", 128, 64, 16_384)
 
@@ -737,3 +737,21 @@ def test_captured_uncaptured_and_trl_agree_in_fp32():
     wanted = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     for trained in (graph, eager):
         assert [entry["loss"] for entry in trained.log] == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_a_process_ran_before_changes_no_training(monkeypatch):
+    """Shapes that were passed uncaptured once are not again, and the dropout of a cell is the same for all that: bit by bit,
+    with graphs for all lengths; another seed has another."""
+    shape, cell, settings = on_a_gpu(bf16=True, dropout=0.05)
+    monkeypatch.setattr(batches, "GRAPH", 0)
+    monkeypatch.setattr(captured, "_passed", set())
+    model = bench_stack.random_model(shape, "cuda", bf16=True)
+    (first,) = captured.train_together(model, [cell], settings, nothing, capture=True)
+    assert len(captured._passed) > 1
+    (second,) = captured.train_together(model, [cell], settings, nothing, capture=True)
+    assert bitwise(first.adapter, second.adapter)
+    other = replace(cell, settings=replace(cell.settings, start=1))
+    (third,) = captured.train_together(model, [other], settings, nothing, capture=True)
+    assert not bitwise(first.adapter, third.adapter)

@@ -91,7 +91,14 @@ def train_together(
         _unneeded(model),
         stacked.attached(model, adapters, frozen, p=loras[0].dropout, random=random),
     ):
-        steps = _Steps(model, chains, adapters, random, capture=capture)
+        kind = (
+            model.config.to_json_string(),
+            adapters.working.shape,
+            dtype,
+            loras[0].dropout,
+            frozenset(a.shape for a, _ in frozen.values()),
+        )
+        steps = _Steps(model, chains, adapters, random, kind, capture=capture)
         snapshots: list[dict[int, Factors]] = [{} for _ in chains]
         longest = max(chain.settings.steps for chain in chains)
         for step in range(longest):
@@ -202,9 +209,11 @@ class _Steps:
         chains: Sequence[Chain],
         adapters: Adapters,
         random: torch.Tensor,
+        kind: tuple[object, ...],
         *,
         capture: bool,
     ) -> None:
+        """`kind`: what, with the shape of a batch, tells which kernels run."""
         self.model, self.chains, self.adapters, self.random, self.capture = model, chains, adapters, random, capture
         device, cells = adapters.master.device, len(chains)
         self.batches = batches(chains, device)
@@ -222,7 +231,7 @@ class _Steps:
         self.unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # 4-D masks are passed on as they are
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Batch]] = {}
         if capture:
-            self._capture(device)
+            self._capture(device, kind)
 
     def run(self, step: int) -> None:
         """One optimiser step of every cell that has steps left."""
@@ -238,13 +247,13 @@ class _Steps:
         self.record[0, step].copy_(self.loss)
         self.record[1, step].copy_(self.norm)
 
-    def _capture(self, device: torch.device) -> None:
+    def _capture(self, device: torch.device, kind: tuple[object, ...]) -> None:
         """A graph for every length."""
         lengths = {batch.ids.shape[1]: batch for batch in self.batches}
         longest_first = [lengths[length] for length in sorted(lengths, reverse=True)]
         stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream(device))
-        kind = (self.model.config.to_json_string(), self.adapters.master.shape, self.adapters.working.dtype)
+        drawn_so_far = torch.cuda.get_rng_state(device)  # masks must not hang on what this process ran before
         with torch.cuda.stream(stream):
             for number, batch in enumerate(longest_first):  # no gradient is added to another
                 if number == 0 or (*kind, batch.ids.shape) not in _passed:
@@ -258,6 +267,7 @@ class _Steps:
                 self._gradients(inputs)
                 self._update()
             self.graphs[batch.ids.shape[1]] = graph, inputs
+        torch.cuda.set_rng_state(drawn_so_far, device)
 
     def _gradients(self, batch: Batch) -> None:
         """Loss of every cell, and the gradients of its adapter."""

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,25 +200,28 @@ def cells(arguments: argparse.Namespace) -> None:
 
     With `--finished` nothing is built: experiments whose artifacts are all there are kept, the others are named.
     """
-    from persona_coupling.study import Study
-
     if arguments.finished:
         parameters, experiments = planning.parameters(arguments), notebooks.choose(arguments.only)
     else:
         parameters, experiments = _built(arguments)
+    keep = partial(_keep, into=arguments.into, finished=arguments.finished)
+    with outputs.turn():
+        notebooks.each(keep, [(experiment, parameters) for experiment in experiments], lambda _name: None)
+
+
+def _keep(experiment: notebooks.Experiment, parameters: dict[str, Any], *, into: str, finished: bool) -> None:
+    """Read an experiment's artifacts and write its tables, in a process of its own: to compress the answers takes long."""
+    from persona_coupling.study import Study
+
+    folder = Path(into).resolve() / experiment.name if into else experiment.results(parameters["profile"])
     study = Study.open(parameters["profile"], seeds=parameters["seeds"], model=parameters["model"] or None)
-    for experiment in experiments:
-        folder = experiment.results(parameters["profile"])
-        if arguments.into:
-            folder = Path(arguments.into).resolve() / experiment.name
-        design = notebooks.design_of(experiment, parameters)
-        missing = sum(not study.lab.store.has(stage) for stage in design.stages()) if arguments.finished else 0
-        if missing:
-            print(f"  {experiment.name} lacks {missing} artifacts")
-            continue
-        with outputs.turn():
-            study.run(design, folder)
-        print(f"  results    {_short(folder)}/")
+    design = notebooks.design_of(experiment, parameters)
+    missing = sum(not study.lab.store.has(stage) for stage in design.stages()) if finished else 0
+    if missing:
+        print(f"  {experiment.name} lacks {missing} artifacts", flush=True)
+        return
+    study.run(design, folder)
+    print(f"  results    {_short(folder)}/", flush=True)
 
 
 def combine(arguments: argparse.Namespace) -> None:
