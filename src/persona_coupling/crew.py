@@ -157,10 +157,8 @@ def make(stages: list[Stage], root: Path, device: str) -> Made:
             try:
                 patiently(lab, stage)  # found the card full, or alone, or being made by another process, or there
             except Exception as error:  # noqa: BLE001  # whatever it is, it is the stage's, and the others are made
-                error.add_note(
-                    f"(in the process that built {stage})\n{traceback.format_exc()}"
-                )  # which does not travel
-                errors[stage.key] = error
+                error.add_note(f"(in the process that built {stage})\n{traceback.format_exc()}")
+                errors[stage.key] = error.with_traceback(None)  # its frames hold the stage's tensors
     peak = memory.peak(device)
     memory.watch(device)  # what this worker keeps unused, the others on the card lack
     return Made(time.monotonic() - started, errors, peak, memory.peak(device), memory.shortages(device) > short)
