@@ -466,7 +466,7 @@ class TestCrew:
     def test_a_stage_goes_to_who_built_its_like_or_keeps_little(self):
         made = self.crew("any", "any", "any", "sample")
         first, second, third, sampler = made.workers
-        second.last, third.last = "Large", "Job"
+        second.last, third.last = Large, Job
         first.kept, second.kept, third.kept = 2.0, 9.0, 1.0
         assert made.choose(Large("a"), made.workers) is second
         assert made.choose(Large("a"), [first, third, sampler]) is third
@@ -484,12 +484,19 @@ class TestCrew:
         made.replace(old)
         assert old not in made.workers
         assert [worker.role for worker in made.workers] == ["sample", "any"]
+        now = list(made.workers)
+        made.replace(old)
+        assert made.workers == now, "once"
 
 
-def test_what_idle_processes_keep_is_given_back_when_it_is_lacked(store, speeds, monkeypatch):
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_idle_processes_keep_is_given_back_when_it_is_lacked(store, speeds, monkeypatch, fails):
     """On a card of 60 GB: samplers keep 30 GB each, so that a trainer of 40 fits once they were told to let go; on one of
-    600 nobody is told."""
-    given = []
+    600 nobody is told. One that cannot let go is replaced."""
+    given, replaced, replace_worker = [], [], crew.Crew.replace
+    monkeypatch.setattr(
+        crew.Crew, "replace", lambda self, worker: (replaced.append(worker), replace_worker(self, worker))
+    )
     monkeypatch.setattr("persona_coupling.room.TRAINER_GB", 40.0)
     monkeypatch.setattr("persona_coupling.room.SAMPLER_GB", 12.0)
     monkeypatch.setattr("persona_coupling.room.ROW_GB", 0.0)
@@ -498,7 +505,10 @@ def test_what_idle_processes_keep_is_given_back_when_it_is_lacked(store, speeds,
         done = concurrent.futures.Future()
         if call is crew.tidy:
             given.append(self)
-            done.set_result(0.0)
+            if fails:
+                done.set_exception(RuntimeError(CAPTURING))
+            else:
+                done.set_result(0.0)
         else:
             made = crew.make(*arguments)
             done.set_result(replace(made, peak=12.0, kept=30.0 if self.role == "sample" else 0.0))
@@ -517,3 +527,4 @@ def test_what_idle_processes_keep_is_given_back_when_it_is_lacked(store, speeds,
         progress.build(planned, store, settings, speeds)
         assert all(store.has(stage) for stage in planned.stages)
         assert bool(given) == told
+    assert bool(replaced) == fails

@@ -75,9 +75,8 @@ def _supervised(row: tuple[list[int], list[int]]) -> _Supervised:
 def merged(lengths: Sequence[int]) -> list[int]:
     """Each step's length, or a longer one of another step, so that padding and graphs together cost least."""
     counts = sorted(Counter(lengths).items())
-    best: list[tuple[float, list[int]]] = [
-        (0.0, [])
-    ]  # cost of the shortest kinds, and to which lengths they are padded
+    # of the shortest kinds, none at first: cost, and the lengths to which they are padded
+    best: list[tuple[float, list[int]]] = [(0.0, [])]
     for end in range(1, len(counts) + 1):
         longest = counts[end - 1][0]
         options = []

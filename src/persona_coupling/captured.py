@@ -13,9 +13,8 @@ but batch size and dropout; one with fewer steps is held (learning rate and grad
 A graph has fixed shapes (see `batches`), one graph per length, all in one memory pool. All are captured before the first
 step, the longest first, so that shorter ones fit into the memory it has taken. The longest, and shapes that this process
 has not run yet, are passed through once uncaptured, where libraries set themselves up; what that took is given back
-first, since otherwise activations are kept twice. Inputs of all steps are laid out on
-the device beforehand; per step the host only copies them into place, sets the learning rates, and replays. Without
-CUDA the same code runs uncaptured.
+first, since otherwise activations are kept twice. Inputs of all steps are laid out on the device beforehand; per step
+the host only copies them into place, sets the learning rates, and replays. Without CUDA the same code runs uncaptured.
 
 The base is in bf16, with what the cells' starts add to it beside it. A start with a dense change has no such form, and
 rounded it would lose part of that change: a cell on one is trained alone, a stack of one, on its merged start in fp32

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 TICK = 1.0  # seconds between two reports of one stage
 PATIENCE, WAIT = 4, 5.0  # tries of a stage that found the card full, and seconds between them
 REPORTS: Any = None  # in a worker: the queue to the builder's bar
-LAST = ""  # in a worker: the class of the stage that it built last
 
 
 @dataclass(eq=False)
@@ -34,7 +33,7 @@ class Worker:
     role: str
     executor: ProcessPoolExecutor
     kept: float = 0.0
-    last: str = ""
+    last: type[Stage] | None = None
 
     def submit(self, call: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Have the process do it, behind all that it was given before."""
@@ -55,13 +54,13 @@ class Crew:
         if all(worker.role != asked for worker in self.workers):
             asked = ANY
         fitting = [worker for worker in free if worker.role == asked]
-        kind = type(stage).__name__
-        return min(fitting, key=lambda worker: (worker.last != kind, worker.kept), default=None)
+        return min(fitting, key=lambda worker: (worker.last is not type(stage), worker.kept), default=None)
 
     def replace(self, worker: Worker) -> None:
-        """A new process for one that was killed or can use the card no more."""
-        worker.executor.shutdown(wait=False)
-        self.workers[self.workers.index(worker)] = self.hire(worker.role)
+        """A new process for one that was killed or can use the card no more, if that is not done already."""
+        if worker in self.workers:
+            worker.executor.shutdown(wait=False)
+            self.workers[self.workers.index(worker)] = self.hire(worker.role)
 
 
 @contextmanager
@@ -133,9 +132,9 @@ class Made:
     crowded: bool = False
 
 
-def make(stages: list[Stage], root: Path, device: str) -> Made:
-    """Build one stage, or several together, in a worker."""
-    global LAST  # buffers of another class are of no use, and would count as memory that this one needs
+def make(stages: list[Stage], root: Path, device: str, other_kind: bool = False) -> Made:
+    """Build one stage, or several together, in a worker; `other_kind`: its last was of another class, whose buffers are of
+    no use and would count as memory that this one needs."""
     started = last = time.monotonic()
 
     def report(fraction: float) -> None:
@@ -144,9 +143,8 @@ def make(stages: list[Stage], root: Path, device: str) -> Made:
             last = time.monotonic()
             REPORTS.put((stages[0].key, fraction))
 
-    if device.startswith("cuda") and LAST not in ("", type(stages[0]).__name__):
+    if other_kind and device.startswith("cuda"):
         memory.release()
-    LAST = type(stages[0]).__name__
     memory.watch(device)
     short = memory.shortages(device)
     lab = Lab(Store(root), device=device, report=report)

@@ -67,8 +67,6 @@ class _Run:
         self.costs, self.ranks, self.root, self.settings, self.hired = costs, ranks, store.root, settings, hired
         self.room = Room(settings, len(hired.workers))
         self.waiting = {stage.key: stage for stage in missing}
-        # once: it looks through all parts of a stage
-        self.parents = {stage.key: list(stage.parents()) for stage in missing}
         self.running: dict[Future[Made], tuple[Worker, list[Stage]]] = {}
         self.tidying: dict[Future[float], Worker] = {}
         self.failed: dict[str, BaseException] = {}
@@ -81,22 +79,24 @@ class _Run:
         back; they keep it as long as nobody does."""
         if self.failed:
             for stage in list(self.waiting.values()):
-                if any(parent.key in self.failed for parent in self.parents[stage.key]):
+                if any(parent.key in self.failed for parent in stage.parents()):
                     self.failed[stage.key] = RuntimeError("a parent failed")
                     del self.waiting[stage.key]
         standing = [group for _, group in self.running.values()]  # what runs, and what keeps its turn
-        busy = {id(worker) for worker, _ in self.running.values()}
-        resting = [worker for worker in self.hired.workers if id(worker) not in busy]
+        busy = {worker for worker, _ in self.running.values()}
+        resting = [worker for worker in self.hired.workers if worker not in busy]
         free, refused = list(resting), False
         stack, stacks = self.settings.stack, self.settings.stacks
-        for group in groups(list(self.waiting.values()), list(standing), stack, stacks, self.ranks, self.parents):
+        for group in groups(list(self.waiting.values()), list(standing), stack, stacks, self.ranks):
             worker = self.hired.choose(group[0], free)
             if worker is None:
                 continue
             idle = sum((other.kept for other in free if other is not worker), 0.0)
             group = self.room.part(group, standing, idle)
             if self.room.fits(group, standing, idle):
-                self.running[worker.submit(make, group, self.root, self.settings.device)] = (worker, group)
+                other_kind = worker.last not in (None, type(group[0]))
+                future = worker.submit(make, group, self.root, self.settings.device, other_kind)
+                self.running[future] = (worker, group)
                 resting.remove(worker)
                 for stage in group:
                     del self.waiting[stage.key]
@@ -116,10 +116,14 @@ class _Run:
         finished, _ = wait(futures, timeout=TICK, return_when=FIRST_COMPLETED)
         made: list[tuple[Stage, float]] = []
         for future in finished:
-            if future in self.tidying:
-                self.tidying.pop(future).kept = 0.0 if future.exception() else future.result()
-            else:
+            if future not in self.tidying:
                 made += self._end(future, say)
+                continue
+            worker = self.tidying.pop(future)
+            if future.exception() is None:
+                worker.kept = future.result()
+            else:  # it can use the card no more, or is gone
+                self.hired.replace(worker)
         return made
 
     def _end(self, future: Future[Made], say: Callable[[str], object]) -> list[tuple[Stage, float]]:
@@ -130,7 +134,7 @@ class _Run:
         else:
             gone = isinstance(broken, BrokenProcessPool)
             outcome = Made(0.0, dict.fromkeys((stage.key for stage in group), killed(group) if gone else broken))
-        worker.kept, worker.last = outcome.kept, type(group[0]).__name__
+        worker.kept, worker.last = outcome.kept, type(group[0])
         if broken is not None or any(map(memory.full, outcome.errors.values())):
             self.hired.replace(worker)
         self.room.observe(group, outcome.peak, crowded=outcome.crowded)
@@ -152,8 +156,8 @@ class _Run:
 
     def done(self) -> float:
         """Expected seconds of all that has ended, and of the parts of what runs."""
-        groups = [group for _, group in self.running.values()]
-        return self.ended + sum(self.shares.get(g[0].key, 0.0) * sum(self.costs[s.key] for s in g) for g in groups)
+        under_way = [group for _, group in self.running.values()]
+        return self.ended + sum(self.shares.get(g[0].key, 0.0) * sum(self.costs[s.key] for s in g) for g in under_way)
 
     def said(self) -> str:
         """For the bar: stages that were made, all, and those under way."""
@@ -192,10 +196,9 @@ def groups(
     stack: int,
     stacks: int = 1,
     ranks: Mapping[str, tuple[int, float]] | None = None,
-    parents: Mapping[str, list[Stage]] | None = None,
 ) -> list[list[Stage]]:
     """What of `waiting` can be started now beside the `running` groups, in groups that are built together, by the lowest
-    of their members' ranks: turn, and seconds that rest on it, negative. `parents` by key, where they are known already.
+    of their members' ranks: turn, and seconds that rest on it, negative.
 
     Stacks fill the card, so no more than `stacks` are under way: cells that become ready meanwhile join the next. Nor does
     one start that is not full while others that could join wait only for stages that are no cells themselves.
@@ -203,8 +206,7 @@ def groups(
     undone = {stage.key: stage for stage in (*waiting, *(stage for group in running for stage in group))}
 
     def rests_on(stage: Stage) -> list[Stage]:
-        known = list(stage.parents()) if parents is None else parents[stage.key]
-        return [parent for parent in known if parent.key in undone]
+        return [parent for parent in stage.parents() if parent.key in undone]
 
     def soon(stage: Stage) -> bool:
         return not any(_stacked(parent, stack) or not soon(parent) for parent in rests_on(stage))

@@ -173,10 +173,13 @@ class Stage:
         """The artifact's name."""
         return hashlib.sha256(canonical_json(self.description).encode()).hexdigest()[:KEY_LENGTH]
 
-    def parents(self) -> Iterator[Stage]:
+    def parents(self) -> tuple[Stage, ...]:
         """The stages whose artifacts this one reads, found among its fields."""
-        for field in dataclasses.fields(self):
-            yield from _stages_in(getattr(self, field.name))
+        return self._parents
+
+    @cached_property
+    def _parents(self) -> tuple[Stage, ...]:
+        return tuple(stage for field in dataclasses.fields(self) for stage in _stages_in(getattr(self, field.name)))
 
     def __str__(self) -> str:
         return f"{self.kind}/{self.key}"
