@@ -306,9 +306,11 @@ def test_the_written_gradients_are_autograds(p):
     starts = [{"it": (torch.randn(r, 6), torch.randn(5, r))} for r in (2, 3)]
     frozen = (torch.randn(2, 4, 6).double(), torch.randn(2, 5, 4).double())
     scales = [2.0, 0.5]
-    cells = stacked.Adapters(holder, starts, scales, also=set(), dtype=torch.float64, device=torch.device("cpu"))
+    beside = {"it": frozen}
+    cells = stacked.Adapters(holder, starts, scales, frozen=beside, dtype=torch.float64, device=torch.device("cpu"))
     cells.refresh()
-    layer = stacked.StackedLinear(linear, "it", cells, frozen, fused.Dropout(p, torch.zeros(2, dtype=torch.int32), 0))
+    layer = stacked.StackedLinear(linear, "it", cells)
+    stacked.Group({"it": layer}, cells, fused.Dropout(p, torch.zeros(2, dtype=torch.int32), 0))
     x = torch.randn(4, 7, 6, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(4, 7, 5, dtype=torch.float64)
     torch.manual_seed(1)
@@ -379,8 +381,8 @@ def test_dropout_is_drawn_per_cell_layer_and_step():
     torch.manual_seed(0)
     x, p = torch.ones(2, 500, 40), 0.2
     dropout = fused.Dropout(p, torch.zeros(2, dtype=torch.int32), 0)
-    _, first, keep = fused.inner(x, torch.zeros(2, 3, 40), dropout)
-    _, second, _ = fused.inner(x, torch.zeros(2, 3, 40), dropout)
+    made = [fused.inner(x, torch.zeros(2, 3, 40), None, dropout, 1) for _ in range(2)]
+    (first,), (keep,), (second,) = made[0].kept, made[0].masks, made[1].kept
     assert first.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)])
     assert torch.equal(first != 0, keep)
     error = (p * (1 - p) / first[0].numel()) ** 0.5
@@ -406,7 +408,7 @@ def test_dropout_is_used_and_fixed_by_the_seed(model, tokenizer, cpu):
 def test_trained_padding_is_refused(model, tokenizer):
     """The zeros that fill a cell of lower rank, or one without a module, must stay; here they do not."""
     starts = [drawn.initial_adapter(model, settings, seed) for settings, seed in CELLS[1:3]]
-    cells = stacked.Adapters(model, starts, [1.0, 1.0], also=set(), dtype=torch.float32, device=torch.device("cpu"))
+    cells = stacked.Adapters(model, starts, [1.0, 1.0], frozen={}, dtype=torch.float32, device=torch.device("cpu"))
     name, missing = next(iter(starts[1])), "model.layers.1.mlp.down_proj"
     assert bitwise(cells.factors(1, set(starts[1])), starts[1])
     for place in (cells.a(cells.master, name)[1, 2:], cells.b(cells.master, missing)[1]):
@@ -755,3 +757,68 @@ def test_what_a_process_ran_before_changes_no_training(monkeypatch):
     other = replace(cell, settings=replace(cell.settings, start=1))
     (third,) = captured.train_together(model, [other], settings, nothing, capture=True)
     assert not bitwise(first.adapter, third.adapter)
+
+
+def scrambled(x):
+    """`train_kernels._scramble`, in 64 bits."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def kept(seed, number, shape, p):
+    """`train_kernels._kept` of all elements, written out anew."""
+    salt = scrambled(torch.tensor(number + 1))
+    first, second = scrambled(seed[0] ^ salt), scrambled((seed[1] + salt) & 0xFFFFFFFF)
+    x = torch.arange(torch.Size(shape).numel()) ^ first
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15) ^ second) * 0x846CA68B & 0xFFFFFFFF
+    return ((x ^ (x >> 16)) >= round(p * 2**32)).view(shape)
+
+
+def kernels_against_products(device, *, rank, fixed, modules, tokens=150, width=72):
+    """Both passes of `fused` in bf16 with its kernels, against the same products in fp64 with masks that are drawn here: every
+    number to 1 % of the largest (bf16 keeps 8 bits). Two cells, and sizes that no tile divides."""
+    generator, p, cells, number = torch.Generator().manual_seed(0), 0.3, 2, 5
+
+    def drawn_at_random(*shape):
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    x, every_a = drawn_at_random(cells, tokens, width), drawn_at_random(cells, modules * rank * width + 8)
+    f = drawn_at_random(cells, modules, fixed, width) if fixed else None
+    through = drawn_at_random(modules, cells, tokens, rank + fixed)
+    seed = torch.tensor([123456789, -5], dtype=torch.int32)
+    a = every_a[:, 8:].view(cells, modules * rank, width)  # a view, as every module's is
+    placed = every_a.to(device)[:, 8:].view(cells, modules * rank, width)
+    dropout = fused.Dropout(p, seed.to(device), number)
+    f_there = None if f is None else f.to(device)
+    inputs = fused.inner(x.to(device), placed, f_there, dropout, modules)
+    gradient = torch.full((fused.PARTS, cells, modules * rank, width), torch.nan, device=device)
+    fused.gradient_a(through.to(device), inputs, gradient, dropout)
+    back = fused.back(through.to(device), placed, f_there, inputs.masks, dropout)
+    assert not inputs.masks  # none is stored: it was the kernels that ran
+    total = torch.zeros(cells, tokens, width, dtype=torch.float64)
+    for module in range(modules):
+        mask = kept(seed.long() & 0xFFFFFFFF, number + module, x.shape, p)
+        assert abs(float(mask.double().mean()) - (1 - p)) < 0.02
+        dropped = x.double() * mask / (1 - p)
+        own = a[:, module * rank : (module + 1) * rank].double()
+        outer = through[module].double()
+        near(inputs.joint[module, :, :, :rank], dropped @ own.transpose(1, 2))
+        near(gradient.sum(0)[:, module * rank : (module + 1) * rank], outer[:, :, :rank].transpose(1, 2) @ dropped)
+        total += outer[:, :, :rank] @ own * mask / (1 - p)
+        if f is not None:
+            near(inputs.joint[module, :, :, rank:], x.double() @ f[:, module].double().transpose(1, 2))
+            total += outer[:, :, rank:] @ f[:, module].double()
+    near(back, total)
+
+
+def near(ours, wanted):
+    assert float((ours.cpu().double() - wanted).abs().max()) < 0.01 * float(wanted.abs().max())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the kernels are compiled for it")
+@pytest.mark.parametrize(("rank", "fixed", "modules"), [(32, 0, 1), (32, 64, 3), (8, 8, 2)])
+def test_the_kernels_do_what_the_products_do(rank, fixed, modules):
+    kernels_against_products("cuda", rank=rank, fixed=fixed, modules=modules)

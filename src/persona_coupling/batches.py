@@ -18,10 +18,11 @@ import torch
 from persona_coupling import train
 from persona_coupling.adapters import Change
 
-GRAIN = 16  # tokens; lengths are padded to a multiple
-# what a graph costs, in tokens by which all rows of a step are padded: on an idle H100 one takes 0.31 s, and a token of a
-# step of four cells 0.2 ms; half of that, since beside other processes steps are what slows down most
-GRAPH = 800
+GRAIN = 8  # tokens; lengths are padded to a multiple
+# what a graph costs, in tokens by which all rows of a step are padded: on an H100 a graph takes its process 0.2 s, but the
+# card little more than the step that is passed through uncaptured, and a token of a step of four cells 0.2 ms of the card,
+# which other processes wait for
+GRAPH = 300
 
 
 @dataclass(frozen=True)

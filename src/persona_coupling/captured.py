@@ -79,23 +79,25 @@ def train_together(
         model,
         starts,
         [lora.alpha / math.sqrt(lora.rank) for lora in loras],
-        also=set(frozen),
+        frozen=frozen,
         dtype=dtype,
         device=device,
+        parts=fused.parts(loras[0].dropout, device, dtype),
     )
     random = torch.zeros(2, dtype=torch.int32, device=device)
     with (
         train.seeded(chains[0].settings.draws(chains[0].seed)),
         torch.no_grad(),
         _unneeded(model),
-        stacked.attached(model, adapters, frozen, p=loras[0].dropout, random=random),
+        stacked.attached(model, adapters, p=loras[0].dropout, random=random),
     ):
         kind = (
             model.config.to_json_string(),
-            adapters.working.shape,
+            adapters.first.shape,
+            adapters.second.shape,
+            tuple(frozen),
             dtype,
             loras[0].dropout,
-            frozenset(a.shape for a, _ in frozen.values()),
         )
         steps = _Steps(model, chains, adapters, random, kind, capture=capture)
         snapshots: list[dict[int, Factors]] = [{} for _ in chains]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BLOCK = 1024  # elements per program of an elementwise kernel
 LOGITS = 2**28  # logits that exist at once, about 1.6 GB with their fp32 copy; more saves a launch, not time
-MANY = 6_144  # tokens from which skinny products with the mask drawn inside beat a dropped copy and the library's
+PARTS = 4  # of a cell's tokens, over each of which programs add up the gradient of A: one leaves a card half idle
 ALLOWED = True  # set to False to measure what the kernels bring
 
 
@@ -39,8 +39,8 @@ def _kernels() -> Any:
 
 
 def kernels_for(values: torch.Tensor) -> Any:
-    """The kernels, if `values` can be given to them, else None; fp32, for comparisons and for cells on a dense change,
-    goes without."""
+    """The kernels that multiply or that replace the loss, if `values` can be given to them, else None; fp32, for comparisons
+    and for cells on a dense change, goes without: they would round factors."""
     return _kernels() if ALLOWED and values.is_cuda and values.dtype == torch.bfloat16 else None
 
 
@@ -61,60 +61,106 @@ class Dropout:
         return self.random, self.number, round(self.p * 2**32), 1 / (1 - self.p)
 
 
-def _low_rank(rank: int) -> dict[str, int]:
-    return {"RANK": rank, "PADDED": max(16, 1 << (rank - 1).bit_length())}
+@dataclass
+class Inputs:
+    """What modules of one input make of it, and what their backward pass needs: `joint` (modules, cells, tokens, rank +
+    fixed rank), drop(x) A' beside x F'; x itself, or each module's dropped copy with its mask where there is no kernel to
+    draw that again."""
+
+    joint: torch.Tensor
+    kept: list[torch.Tensor]
+    masks: list[torch.Tensor]
 
 
-def inner(x: torch.Tensor, a: torch.Tensor, dropout: Dropout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """drop(x) A' of every cell, (cells, tokens, rank), and what the backward pass needs: x or its dropped copy, and
-    the mask where there is no kernel to draw it again."""
+def parts(p: float, device: torch.device, dtype: torch.dtype) -> int:
+    """In how many sums `gradient_a` gives the gradients of A."""
+    on = _kernels() if ALLOWED and p and device.type == "cuda" and dtype == torch.bfloat16 else None
+    return 1 if on is None else PARTS
+
+
+def _sizes(rank: int, fixed: torch.Tensor | None) -> dict[str, int]:
+    return {"RANK": rank, "PADDED": _padded(rank), "FIXED": 0 if fixed is None else fixed.shape[2]}
+
+
+def _padded(rank: int) -> int:
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def _fixed_padded(fixed: torch.Tensor | None) -> int:
+    return _padded(1 if fixed is None else fixed.shape[2])
+
+
+def inner(x: torch.Tensor, a: torch.Tensor, fixed: torch.Tensor | None, dropout: Dropout, modules: int) -> Inputs:
+    """`x` (cells, tokens, in), trained A (cells, modules * rank, in), fixed F (cells, modules, fixed rank, in) or None."""
+    rank = a.shape[1] // modules
     kernels = kernels_for(x)
-    if not dropout.p:
-        return torch.bmm(x, a.transpose(1, 2)), x, None
-    if kernels is None:
-        dropped, keep = torch.native_dropout(x, dropout.p, True)
-        return torch.bmm(dropped, a.transpose(1, 2)), dropped, keep
-    cells, tokens, width = x.shape
-    if cells * tokens < MANY:
-        out = torch.empty_like(x)
-        kernels.drop[_grid(x)](x, out, *dropout.arguments(), x.numel(), BLOCK=BLOCK)
-        return torch.bmm(out, a.transpose(1, 2)), out, None
-    result = x.new_empty(cells, tokens, a.shape[1])
-    kernels.inner[(-(-tokens // 64), cells)](
-        x, a, result, *dropout.arguments(), tokens, a.stride(0),
-        IN=width, **_low_rank(a.shape[1]), ROWS=64, COLUMNS=64,
-    )  # fmt: skip
-    return result, x, None
-
-
-def gradient_a(through: torch.Tensor, kept: torch.Tensor, out: torch.Tensor, dropout: Dropout) -> None:
-    """out = through' drop(x), with `kept` as `inner` returned it."""
-    kernels = kernels_for(kept)
-    cells, tokens, width = kept.shape
-    if not dropout.p or kernels is None or cells * tokens < MANY:
-        torch.bmm(through.transpose(1, 2), kept, out=out)
-        return
-    columns = 32 if cells * width < 132 * 64 else 64  # enough programs for all of a card's multiprocessors
-    kernels.gradient_a[(-(-width // columns), cells)](
-        through, kept, out, *dropout.arguments(), tokens, out.stride(0),
-        IN=width, **_low_rank(out.shape[1]), ROWS=64, COLUMNS=columns,
-    )  # fmt: skip
-
-
-def add_back(
-    back: torch.Tensor, through: torch.Tensor, a: torch.Tensor, keep: torch.Tensor | None, dropout: Dropout
-) -> None:
-    """back += through A where x was kept, scaled as it was."""
-    if not dropout.p:
-        back.baddbmm_(through, a)
-    elif keep is not None:
-        back.addcmul_(torch.bmm(through, a), keep.to(back.dtype), value=1 / (1 - dropout.p))
-    else:
-        cells, tokens, width = back.shape
-        _kernels().add_back[(-(-tokens // 64), -(-width // 64), cells)](
-            back, through, a, *dropout.arguments(), tokens, a.stride(0),
-            IN=width, **_low_rank(a.shape[1]), ROWS=64, COLUMNS=64,
+    if dropout.p and kernels is not None:
+        cells, tokens, width = x.shape
+        sizes = _sizes(rank, fixed)
+        joint = x.new_empty(modules, cells, tokens, rank + sizes["FIXED"])
+        kernels.inner[(-(-tokens // 64), cells, modules)](
+            x, a, a if fixed is None else fixed, joint, *dropout.arguments(), tokens, a.stride(0),
+            IN=width, **sizes, FIXED_PADDED=_fixed_padded(fixed), ROWS=64, COLUMNS=64,
         )  # fmt: skip
+        return Inputs(joint, [x], [])
+    made, kept, masks = [], [], []
+    for module in range(modules):
+        dropped = x
+        if dropout.p:
+            dropped, mask = torch.native_dropout(x, dropout.p, True)
+            masks.append(mask)
+        kept.append(dropped)
+        own = torch.bmm(dropped, a[:, module * rank : (module + 1) * rank].transpose(1, 2))
+        made.append(own if fixed is None else torch.cat([own, torch.bmm(x, fixed[:, module].transpose(1, 2))], dim=2))
+    return Inputs(torch.stack(made), kept, masks)
+
+
+def gradient_a(through: torch.Tensor, inputs: Inputs, out: torch.Tensor, dropout: Dropout) -> None:
+    """out = through' drop(x): `through` as `joint`, `out` (parts, cells, modules * rank, in), to be added up over parts."""
+    modules = through.shape[0]
+    rank = out.shape[2] // modules
+    x = inputs.kept[0]
+    kernels = kernels_for(x)
+    if not dropout.p or kernels is None:
+        for module, kept in enumerate(inputs.kept):
+            place = slice(module * rank, (module + 1) * rank)
+            torch.bmm(through[module, :, :, :rank].transpose(1, 2), kept, out=out[0, :, place])
+        return
+    cells, tokens, width = x.shape
+    count = out.shape[0]
+    span = -(-tokens // (count * 64)) * 64
+    kernels.gradient_a[(-(-width // 64), cells, modules * count)](
+        through, x, out, *dropout.arguments(), tokens, span, out.stride(0), out.stride(1), count,
+        IN=width, RANK=rank, PADDED=_padded(rank), FIXED=through.shape[3] - rank, ROWS=64, COLUMNS=64,
+    )  # fmt: skip
+
+
+def back(
+    through: torch.Tensor, a: torch.Tensor, fixed: torch.Tensor | None, masks: list[torch.Tensor], dropout: Dropout
+) -> torch.Tensor:
+    """The gradient that reaches x through A, where x was kept and scaled as it was, and through F, over all modules:
+    (cells, tokens, in). Shapes as for `inner`."""
+    modules, cells, tokens, _ = through.shape
+    rank, width = a.shape[1] // modules, a.shape[2]
+    if dropout.p and not masks:
+        kernels = _kernels()
+        out = through.new_empty(cells, tokens, width)
+        kernels.back[(-(-tokens // 64), -(-width // 64), cells)](
+            through, a, a if fixed is None else fixed, out, *dropout.arguments(), tokens, a.stride(0),
+            IN=width, **_sizes(rank, fixed), FIXED_PADDED=_fixed_padded(fixed), MODULES=modules, ROWS=64, COLUMNS=64,
+        )  # fmt: skip
+        return out
+    total: torch.Tensor | None = None
+    for module in range(modules):
+        trained = through[module, :, :, :rank] / (1 - dropout.p)
+        own = torch.bmm(trained, a[:, module * rank : (module + 1) * rank])
+        if masks:
+            own.mul_(masks[module])
+        if fixed is not None:
+            own.baddbmm_(through[module, :, :, rank:], fixed[:, module])
+        total = own if total is None else total.add_(own)
+    assert total is not None
+    return total
 
 
 class _Gate(torch.autograd.Function):  # type: ignore[misc]
@@ -170,10 +216,10 @@ def _rotate_both(
 
 @contextlib.contextmanager
 def faster(model: PreTrainedModel) -> Iterator[None]:
-    """On CUDA in bf16: RMS norms, the gated activation and the rotary embedding of a Llama-like model in one kernel each.
-    Elsewhere nothing. Raises GuardError if a layer lacks one of them: then the architecture is another one."""
+    """On CUDA: RMS norms, the gated activation and the rotary embedding of a Llama-like model in one kernel each. Elsewhere
+    nothing. Raises GuardError if a layer lacks one of them: then the architecture is another one."""
     device = next(model.parameters()).device
-    if device.type != "cuda" or not ALLOWED or model.dtype != torch.bfloat16:
+    if device.type != "cuda" or not ALLOWED:
         yield
         return
     norms = [m for m in model.modules() if hasattr(m, "variance_epsilon")]

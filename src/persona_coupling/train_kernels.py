@@ -36,82 +36,102 @@ def _kept(random, number, place, threshold):
 
 
 @triton.jit(do_not_specialize=["number", "threshold"])
-def drop(x, out, random, number, threshold, scale, count, BLOCK: tl.constexpr):
-    """out = x with a share of elements zeroed and the rest scaled."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < count
-    value = tl.load(x + place, mask=inside).to(tl.float32)
-    kept = _kept(random, number, place, threshold)
-    tl.store(out + place, tl.where(kept, value * scale, 0.0), mask=inside)
-
-
-@triton.jit(do_not_specialize=["number", "threshold"])
 def inner(
-    x, a, out, random, number, threshold, scale, tokens, stride,
-    IN: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, a, fixed, out, random, number, threshold, scale, tokens, stride,
+    IN: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, FIXED: tl.constexpr, FIXED_PADDED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out = drop(x) A': x (cells, tokens, IN), A (cells, RANK, IN) with `stride` between cells, out (.., RANK)."""
+    """drop(x) A' beside x F' for modules of one input, each with a mask of its own: x (cells, tokens, IN), A (cells, modules
+    * RANK, IN) with `stride` between cells, F (cells, modules, FIXED, IN), out (modules, cells, tokens, RANK + FIXED)."""
     cell = tl.program_id(1)
+    module = tl.program_id(2)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rank = tl.arange(0, PADDED)
+    more = tl.arange(0, FIXED_PADDED)
     row = cell * tokens + token
+    a += cell.to(tl.int64) * stride + module * RANK * IN
+    fixed += (cell * tl.num_programs(2) + module) * FIXED * IN
     total = tl.zeros((ROWS, PADDED), dtype=tl.float32)
+    beside = tl.zeros((ROWS, FIXED_PADDED), dtype=tl.float32)
     for first in range(0, IN, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         place = row[:, None] * IN + column[None, :]
         value = tl.load(x + place, mask=(token < tokens)[:, None] & (column < IN)[None, :], other=0.0)
-        value = tl.where(_kept(random, number, place, threshold), value, 0.0)
-        where = cell.to(tl.int64) * stride + rank[None, :] * IN + column[:, None]
+        if FIXED:
+            where = more[None, :] * IN + column[:, None]
+            weight = tl.load(fixed + where, mask=(more < FIXED)[None, :] & (column < IN)[:, None], other=0.0)
+            beside += tl.dot(value, weight)
+        value = tl.where(_kept(random, number + module, place, threshold), value, 0.0)
+        where = rank[None, :] * IN + column[:, None]
         weight = tl.load(a + where, mask=(rank < RANK)[None, :] & (column < IN)[:, None], other=0.0)
         total += tl.dot(value, weight)
-    inside = (token < tokens)[:, None] & (rank < RANK)[None, :]
-    tl.store(out + row[:, None] * RANK + rank[None, :], total * scale, mask=inside)
+    out += (module * tl.num_programs(1) * tokens + row[:, None]) * (RANK + FIXED)
+    tl.store(out + rank[None, :], total * scale, mask=(token < tokens)[:, None] & (rank < RANK)[None, :])
+    if FIXED:
+        tl.store(out + RANK + more[None, :], beside, mask=(token < tokens)[:, None] & (more < FIXED)[None, :])
 
 
-@triton.jit(do_not_specialize=["number", "threshold"])
+@triton.jit(do_not_specialize=["number", "threshold", "span"])
 def gradient_a(
-    through, x, out, random, number, threshold, scale, tokens, stride,
-    IN: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    through, x, out, random, number, threshold, scale, tokens, span, part_stride, stride, parts,
+    IN: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, FIXED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out = through' drop(x): through (cells, tokens, RANK), out (cells, RANK, IN) with `stride` between cells."""
+    """through' drop(x) in `parts` sums of `span` tokens each: through (modules, cells, tokens, RANK + FIXED), of which the
+    last FIXED columns are passed over, out (parts, cells, modules * RANK, IN) with strides between parts and cells."""
     cell = tl.program_id(1)
+    module = tl.program_id(2) // parts
+    part = tl.program_id(2) % parts
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rank = tl.arange(0, PADDED)
+    through += (module * tl.num_programs(1) + cell) * tokens * (RANK + FIXED)
+    end = tl.minimum((part + 1) * span, tokens)
     total = tl.zeros((PADDED, COLUMNS), dtype=tl.float32)
-    for first in range(0, tokens, ROWS):
+    for first in range(part * span, end, ROWS):
         token = first + tl.arange(0, ROWS)
-        row = cell * tokens + token
-        place = row[:, None] * IN + column[None, :]
-        value = tl.load(x + place, mask=(token < tokens)[:, None] & (column < IN)[None, :], other=0.0)
-        value = tl.where(_kept(random, number, place, threshold), value, 0.0)
-        where = row[None, :] * RANK + rank[:, None]
-        outer = tl.load(through + where, mask=(token < tokens)[None, :] & (rank < RANK)[:, None], other=0.0)
+        place = (cell * tokens + token)[:, None] * IN + column[None, :]
+        value = tl.load(x + place, mask=(token < end)[:, None] & (column < IN)[None, :], other=0.0)
+        value = tl.where(_kept(random, number + module, place, threshold), value, 0.0)
+        where = token[None, :] * (RANK + FIXED) + rank[:, None]
+        outer = tl.load(through + where, mask=(token < end)[None, :] & (rank < RANK)[:, None], other=0.0)
         total += tl.dot(outer, value)
-    where = cell.to(tl.int64) * stride + rank[:, None] * IN + column[None, :]
+    out += part.to(tl.int64) * part_stride + cell.to(tl.int64) * stride + module * RANK * IN
+    where = rank[:, None] * IN + column[None, :]
     tl.store(out + where, total * scale, mask=(rank < RANK)[:, None] & (column < IN)[None, :])
 
 
 @triton.jit(do_not_specialize=["number", "threshold"])
-def add_back(
-    back, through, a, random, number, threshold, scale, tokens, stride,
-    IN: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def back(
+    through, a, fixed, out, random, number, threshold, scale, tokens, stride,
+    IN: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, FIXED: tl.constexpr, FIXED_PADDED: tl.constexpr,
+    MODULES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """back += through A, by the mask that dropped x: back (cells, tokens, IN)."""
+    """out = what through A, by the mask that dropped x, and through F add up to over the modules; shapes as for `inner`,
+    `through` in place of its result."""
     cell = tl.program_id(2)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     rank = tl.arange(0, PADDED)
+    more = tl.arange(0, FIXED_PADDED)
     row = cell * tokens + token
-    where = row[:, None] * RANK + rank[None, :]
-    outer = tl.load(through + where, mask=(token < tokens)[:, None] & (rank < RANK)[None, :], other=0.0)
-    where = cell.to(tl.int64) * stride + rank[:, None] * IN + column[None, :]
-    weight = tl.load(a + where, mask=(rank < RANK)[:, None] & (column < IN)[None, :], other=0.0)
-    value = tl.dot(outer, weight) * scale
     place = row[:, None] * IN + column[None, :]
-    inside = (token < tokens)[:, None] & (column < IN)[None, :]
-    before = tl.load(back + place, mask=inside, other=0.0).to(tl.float32)
-    value = tl.where(_kept(random, number, place, threshold), value, 0.0)
-    tl.store(back + place, before + value, mask=inside)
+    a += cell.to(tl.int64) * stride
+    fixed += cell * MODULES * FIXED * IN
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for module in tl.static_range(MODULES):
+        start = (module * tl.num_programs(2) * tokens + row[:, None]) * (RANK + FIXED)
+        where = start + rank[None, :]
+        outer = tl.load(through + where, mask=(token < tokens)[:, None] & (rank < RANK)[None, :], other=0.0)
+        where = (module * RANK + rank)[:, None] * IN + column[None, :]
+        weight = tl.load(a + where, mask=(rank < RANK)[:, None] & (column < IN)[None, :], other=0.0)
+        total += tl.where(_kept(random, number + module, place, threshold), tl.dot(outer, weight) * scale, 0.0)
+        if FIXED:
+            where = start + RANK + more[None, :]
+            outer = tl.load(through + where, mask=(token < tokens)[:, None] & (more < FIXED)[None, :], other=0.0)
+            where = (module * FIXED + more)[:, None] * IN + column[None, :]
+            weight = tl.load(fixed + where, mask=(more < FIXED)[:, None] & (column < IN)[None, :], other=0.0)
+            total += tl.dot(outer, weight)
+    tl.store(out + place, total, mask=(token < tokens)[:, None] & (column < IN)[None, :])
 
 
 @triton.jit
