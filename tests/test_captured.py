@@ -777,8 +777,8 @@ def kept(seed, number, shape, p):
 
 
 def kernels_against_products(device, *, rank, fixed, modules, tokens=150, width=72):
-    """Both passes of `fused` in bf16 with its kernels, against the same products in fp64 with masks that are drawn here: every
-    number to 1 % of the largest (bf16 keeps 8 bits). Two cells, and sizes that no tile divides."""
+    """Both passes of `fused` in bf16 with its kernels, against the same products in fp64 with masks that are drawn here:
+    every number to 1 % of the largest (bf16 keeps 8 bits). Two cells, and sizes that no tile divides."""
     generator, p, cells, number = torch.Generator().manual_seed(0), 0.3, 2, 5
 
     def drawn_at_random(*shape):

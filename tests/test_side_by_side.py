@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 import signal
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -488,6 +489,16 @@ class TestCrew:
         made.replace(old)
         assert made.workers == now, "once"
 
+    def test_one_that_was_killed_while_it_idled_is_replaced(self):
+        made = self.crew("sample", "any")
+        idle = made.workers[0]
+        assert isinstance(idle.submit(os._exit, 1).exception(), BrokenProcessPool)
+        worker, future = made.give(idle, os.getpid)
+        assert worker is made.workers[0] is not idle
+        assert worker.role == "sample"
+        assert future.result() != os.getpid()
+        assert made.give(worker, os.getpid)[0] is worker
+
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_idle_processes_keep_is_given_back_when_it_is_lacked(store, speeds, monkeypatch, fails):
@@ -495,7 +506,7 @@ def test_what_idle_processes_keep_is_given_back_when_it_is_lacked(store, speeds,
     600 nobody is told. One that cannot let go is replaced."""
     given, replaced, replace_worker = [], [], crew.Crew.replace
     monkeypatch.setattr(
-        crew.Crew, "replace", lambda self, worker: (replaced.append(worker), replace_worker(self, worker))
+        crew.Crew, "replace", lambda self, worker: (replaced.append(worker), replace_worker(self, worker))[1]
     )
     monkeypatch.setattr("persona_coupling.room.TRAINER_GB", 40.0)
     monkeypatch.setattr("persona_coupling.room.SAMPLER_GB", 12.0)

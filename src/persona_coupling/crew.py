@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,11 +57,22 @@ class Crew:
         fitting = [worker for worker in free if worker.role == asked]
         return min(fitting, key=lambda worker: (worker.last is not type(stage), worker.kept), default=None)
 
-    def replace(self, worker: Worker) -> None:
+    def give(self, worker: Worker, call: Callable[..., Any], *arguments: Any) -> tuple[Worker, Future[Any]]:
+        """Have a worker do it, or a new one in its place if it was killed while it had nothing to do; who does."""
+        try:
+            return worker, worker.submit(call, *arguments)
+        except BrokenProcessPool:
+            fresh = self.replace(worker)
+            return fresh, fresh.submit(call, *arguments)
+
+    def replace(self, worker: Worker) -> Worker:
         """A new process for one that was killed or can use the card no more, if that is not done already."""
-        if worker in self.workers:
-            worker.executor.shutdown(wait=False)
-            self.workers[self.workers.index(worker)] = self.hire(worker.role)
+        if worker not in self.workers:
+            return worker
+        worker.executor.shutdown(wait=False)
+        fresh = self.hire(worker.role)
+        self.workers[self.workers.index(worker)] = fresh
+        return fresh
 
 
 @contextmanager

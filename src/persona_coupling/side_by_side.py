@@ -95,8 +95,8 @@ class _Run:
             group = self.room.part(group, standing, idle)
             if self.room.fits(group, standing, idle):
                 other_kind = worker.last not in (None, type(group[0]))
-                future = worker.submit(make, group, self.root, self.settings.device, other_kind)
-                self.running[future] = (worker, group)
+                at, future = self.hired.give(worker, make, group, self.root, self.settings.device, other_kind)
+                self.running[future] = (at, group)
                 resting.remove(worker)
                 for stage in group:
                     del self.waiting[stage.key]
@@ -108,7 +108,8 @@ class _Run:
             standing.append(group)
         for worker in resting if refused else []:
             if worker.kept > TRIFLE and worker not in self.tidying.values():
-                self.tidying[worker.submit(tidy, self.settings.device)] = worker
+                at, told = self.hired.give(worker, tidy, self.settings.device)
+                self.tidying[told] = at
 
     def look(self, say: Callable[[str], object]) -> list[tuple[Stage, float]]:
         """Wait a moment; stages that were made meanwhile, and each one's seconds."""
