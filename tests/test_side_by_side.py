@@ -273,6 +273,7 @@ class Where(Stage):
     base: str | None = None
     sampled: int = 0
     trained: int = 0
+    after: Stage | None = None
     kind: ClassVar[str] = "where"
 
     def build(self, folder, lab):
@@ -305,13 +306,30 @@ def test_stacks_have_processes_that_others_give_way_to(store, speeds, monkeypatc
     monkeypatch.setattr(mps, "service", service)
     monkeypatch.delenv(mps.PRIORITY, raising=False)
     alone, cells = [Where("a"), Where("b"), Where("c")], [Where("d", "one"), Where("e", "one")]
-    planned = progress.plan([*alone, *cells], store, speeds)
+    late = Where("f", "one", after=alone[-1])  # so that a stack waits, whose process is kept for it
+    planned = progress.plan([*alone, *cells, late], store, speeds)
     progress.build(planned, store, sharing(workers=2, stack=2, stacks=1), speeds)
 
     assert {priority for _, priority in where(store, alone)} == ({"1"} if shared else {"normal"})
     assert {priority for _, priority in where(store, cells)} == {"normal"}
     assert not shared or not {pid for pid, _ in where(store, alone)} & {pid for pid, _ in where(store, cells)}
     assert mps.PRIORITY not in os.environ
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_processes_for_stacks_help_when_none_waits(store, speeds, monkeypatch, left):
+    """Two others are ready at once, after a stack: they go to two processes, unless another stack waits for them."""
+
+    @contextmanager
+    def service(device, workers, say):
+        yield True
+
+    monkeypatch.setattr(mps, "service", service)
+    first = Where("z", "one")
+    others = [Where(f"a{n}", after=first) for n in range(2)]
+    planned = progress.plan([first, *others, *([Where("y", "one", after=others[-1])] * left)], store, speeds)
+    progress.build(planned, store, sharing(workers=2, stack=2, stacks=1), speeds)
+    assert len({pid for pid, _ in where(store, others)}) == (1 if left else 2)
 
 
 @pytest.mark.parametrize(("workers", "few"), [(3, 1), (2, 2), (2, 0)])
@@ -473,6 +491,16 @@ class TestCrew:
         assert made.choose(Large("a"), [first, third, sampler]) is third
         assert made.choose(Large("a", sampled=99), made.workers) is sampler
         assert made.choose(Large("a", sampled=99), [first]) is None, "samplers alone have the cache"
+
+    def test_once_no_stack_waits_their_processes_help_out(self):
+        made = self.crew("stack", "any", "sample")
+        stacks, small, sampler = made.workers
+        sample = Large("a", sampled=99)
+        assert made.choose(sample, [stacks, small]) is None
+        assert made.choose(sample, [stacks, small], stacks_wait=False) is stacks
+        assert made.choose(Large("b"), [stacks, sampler], stacks_wait=False) is stacks
+        sampler.last = Large
+        assert made.choose(sample, made.workers, stacks_wait=False) is sampler
 
     def test_without_workers_of_a_role_any_will_do(self):
         made = self.crew("any")

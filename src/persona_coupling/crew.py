@@ -48,13 +48,14 @@ class Crew:
     hire: Callable[[str], Worker]
     workers: list[Worker] = field(default_factory=list)
 
-    def choose(self, stage: Stage, free: list[Worker]) -> Worker | None:
-        """Of the `free` workers the one for a stage: of its role, if there are such; best one that just built a stage of its
-        class, or else one that keeps little."""
+    def choose(self, stage: Stage, free: list[Worker], *, stacks_wait: bool = True) -> Worker | None:
+        """Of the `free` workers the one for a stage: of its role, if there are such, and once no stack waits, of stacks',
+        since their part of the card is free then. Best one that just built a stage of its class, or else one that keeps
+        little."""
         asked = role(stage)
         if all(worker.role != asked for worker in self.workers):
             asked = ANY
-        fitting = [worker for worker in free if worker.role == asked]
+        fitting = [worker for worker in free if worker.role == asked or (worker.role == STACK and not stacks_wait)]
         return min(fitting, key=lambda worker: (worker.last is not type(stage), worker.kept), default=None)
 
     def give(self, worker: Worker, call: Callable[..., Any], *arguments: Any) -> tuple[Worker, Future[Any]]:

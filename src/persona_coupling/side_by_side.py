@@ -86,9 +86,10 @@ class _Run:
         busy = {worker for worker, _ in self.running.values()}
         resting = [worker for worker in self.hired.workers if worker not in busy]
         free, refused = list(resting), False
+        stacks_wait = any(_stacked(stage, self.settings.stack) for stage in self.waiting.values())
         stack, stacks = self.settings.stack, self.settings.stacks
         for group in groups(list(self.waiting.values()), list(standing), stack, stacks, self.ranks):
-            worker = self.hired.choose(group[0], free)
+            worker = self.hired.choose(group[0], free, stacks_wait=stacks_wait)
             if worker is None:
                 continue
             idle = sum((other.kept for other in free if other is not worker), 0.0)
