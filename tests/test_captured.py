@@ -341,6 +341,49 @@ def test_the_written_gradients_are_autograds(p):
     torch.testing.assert_close(x.grad, again.grad)
 
 
+def test_modules_of_one_input_are_made_together_and_stay_apart():
+    """Queries, keys and values of other widths, one of them with a frozen change, asked one after the other and twice;
+    outputs, the gradient of the input and of every factor as autograd has them, in fp64."""
+    torch.manual_seed(0)
+    widths = {"q_proj": 6, "k_proj": 2, "v_proj": 4}
+    holder = torch.nn.ModuleDict({name: torch.nn.Linear(8, out, bias=False) for name, out in widths.items()}).double()
+    starts = [{n: (torch.randn(2, 8), torch.randn(out, 2)) for n, out in widths.items()} for _ in range(2)]
+    change = {"k_proj": adapters.LowRank(torch.randn(3, 8), torch.randn(2, 3))}
+    frozen = stacked.frozen_factors(holder, [change, {}], dtype=torch.float64, device=torch.device("cpu"))
+    assert list(frozen) == list(widths), "all of the group, with zeros"
+    cells = stacked.Adapters(holder, starts, [1.0, 4.0], frozen=frozen, dtype=torch.float64, device=torch.device("cpu"))
+    cells.refresh()
+    layers = {name: stacked.StackedLinear(holder[name], name, cells) for name in widths}
+    stacked.Group(layers, cells, fused.Dropout(0.0, torch.zeros(2, dtype=torch.int32), 0))
+    for _ in range(2):  # nothing of the first pass is left for the second
+        x = torch.randn(4, 7, 8, dtype=torch.float64, requires_grad=True)
+        again = x.detach().clone().requires_grad_()
+        total, wanted = torch.zeros(()), torch.zeros(())
+        factors = [{n: [t.double().requires_grad_() for t in start[n]] for n in widths} for start in starts]
+        for name, out in widths.items():
+            weights = torch.randn(4, 7, out, dtype=torch.float64)
+            total = total + (layers[name](x) * weights).sum()
+            for cell, scale in enumerate([1.0, 4.0]):
+                a, b = factors[cell][name]
+                mine = again[2 * cell : 2 * cell + 2]
+                theirs = mine @ holder[name].weight.T + scale * (mine @ a.T) @ b.T
+                if name == "k_proj" and cell == 0:
+                    theirs = theirs + (mine @ change[name].a.double().T) @ change[name].b.double().T
+                wanted = wanted + (theirs * weights[2 * cell : 2 * cell + 2]).sum()
+        torch.testing.assert_close(total, wanted)
+        total.backward()
+        wanted.backward()
+        cells.collect()
+        torch.testing.assert_close(x.grad, again.grad)
+        for name in widths:
+            for cell in range(2):
+                a, b = (factor.grad.float() for factor in factors[cell][name])
+                torch.testing.assert_close(cells.a(cells.gradient, name)[cell], a, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(cells.b(cells.gradient, name)[cell], b, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="do not follow each other"):
+        stacked.Group({name: layers[name] for name in ("q_proj", "v_proj")}, cells, fused.Dropout(0.0, x, 0))
+
+
 @pytest.mark.parametrize(("dtype", "repeated"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_grouped_keys_are_repeated_in_fp32(monkeypatch, dtype, repeated):
     """Four heads on two keys, against scores, mask and softmax written out, gradients included; what torch's attention is
