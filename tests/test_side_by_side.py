@@ -305,8 +305,9 @@ def test_stacks_have_processes_that_others_give_way_to(store, speeds, monkeypatc
 
     monkeypatch.setattr(mps, "service", service)
     monkeypatch.delenv(mps.PRIORITY, raising=False)
-    alone, cells = [Where("a"), Where("b"), Where("c")], [Where("d", "one"), Where("e", "one")]
-    late = Where("f", "one", after=alone[-1])  # so that a stack waits, whose process is kept for it
+    alone, cells = [Where("a")], [Where("d", "one"), Where("e", "one")]
+    alone += [Where("b", after=alone[0])]
+    late = Where("f", "one", after=alone[1])  # so that a stack waits, whose process is kept for it
     planned = progress.plan([*alone, *cells, late], store, speeds)
     progress.build(planned, store, sharing(workers=2, stack=2, stacks=1), speeds)
 
