@@ -297,17 +297,24 @@ def where(store, stages):
     return {tuple((store.folder(stage) / "where").read_text().split()) for stage in stages}
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_stacks_have_processes_that_others_give_way_to(store, speeds, monkeypatch, shared):
+def say_whether_shared(monkeypatch, shared):
+    """In place of the card's multi-process service: one that says whether it lets processes share the card."""
+
     @contextmanager
     def service(device, workers, say):
         yield shared
 
     monkeypatch.setattr(mps, "service", service)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_stacks_have_processes_that_others_give_way_to(store, speeds, monkeypatch, shared):
+    say_whether_shared(monkeypatch, shared)
     monkeypatch.delenv(mps.PRIORITY, raising=False)
     alone, cells = [Where("a")], [Where("d", "one"), Where("e", "one")]
     alone += [Where("b", after=alone[0])]
-    late = Where("f", "one", after=alone[1])  # so that a stack waits, whose process is kept for it
+    alone += [Where("c", after=alone[1])]
+    late = Where("f", "one", after=alone[2])  # so that a stack waits, whose process is kept for it
     planned = progress.plan([*alone, *cells, late], store, speeds)
     progress.build(planned, store, sharing(workers=2, stack=2, stacks=1), speeds)
 
@@ -320,12 +327,7 @@ def test_stacks_have_processes_that_others_give_way_to(store, speeds, monkeypatc
 @pytest.mark.parametrize("left", [True, False])
 def test_processes_for_stacks_help_when_none_waits(store, speeds, monkeypatch, left):
     """Two others are ready at once, after a stack: they go to two processes, unless another stack waits for them."""
-
-    @contextmanager
-    def service(device, workers, say):
-        yield True
-
-    monkeypatch.setattr(mps, "service", service)
+    say_whether_shared(monkeypatch, True)
     first = Where("z", "one")
     others = [Where(f"a{n}", after=first) for n in range(2)]
     planned = progress.plan([first, *others, *([Where("y", "one", after=others[-1])] * left)], store, speeds)
