@@ -26,7 +26,9 @@ THEN = [
         "why": "",
     },
 ]
+STAGES = {"k1": 1.0, "k2": 2.0}
 INDEX = {
+    "experiments": ["00_x"],
     "profile": {"seeds": [2], "sft": {"steps": 9}},
     "claims": [{**row, "more": 1} for row in THEN],
     "provenance": {"00_x": {"commit": "abc / def", "device": "a card", "made": "then"}},
@@ -40,35 +42,59 @@ def there(tmp_path, monkeypatch):
     (tmp_path / "paper").mkdir()
 
     def git(*arguments):
-        return json.dumps(INDEX) if arguments == ("show", "abc:paper/generated/full/index.json") else None
+        held = {"index": INDEX, "00_x": {"stages": STAGES}}
+        named = {
+            ("show", f"abc:paper/generated/full/{name}.json"): json.dumps(content) for name, content in held.items()
+        }
+        return named.get(arguments)
 
     monkeypatch.setattr(provenance, "git", git)
     return tmp_path / "paper"
 
 
+def read(kind, rows=NOW, *, profile="full", seeds=(2,), stages=STAGES):
+    return earlier.read(kind, profile, rows, seeds, earlier.keys_of([{"stages": stages}]))
+
+
 def test_where_nothing_came_before_nothing_is_set_beside(there):
-    assert {earlier.read(kind, "full", NOW) for kind in earlier.KINDS} == {None}
+    assert {read(kind) for kind in earlier.KINDS} == {None}
     assert verify.check_earlier("full").status == "holds"
 
 
 def test_a_commits_verdicts_are_kept_and_counted_up(there):
     earlier.main(["repeat", "abc"])
-    found = earlier.read("repeat", "full", NOW)
+    found = read("repeat")
     assert found["claims"] == THEN
     assert found["made_by"] == {"commit": ["abc", "def"], "device": ["a card"], "made": ["then"]}
     assert (found["seeds"], found["steps"]) == ([2], 9)
     assert (found["agree"], found["differ"], found["measured"], found["within"]) == (2, ["b"], 2, 1)
-    assert earlier.read("repeat", "quick", NOW) is None
-    assert earlier.read("earlier", "full", NOW) is None
+    assert read("repeat", profile="quick") is None
+    assert read("earlier") is None
+    assert read("repeat", seeds=(2, 3)) is None, "other seeds repeat nothing"
     assert "1 as their commits hold them" in verify.check_earlier("full").why
+
+
+def test_a_repeat_says_whether_it_is_of_the_same_code(there):
+    earlier.main(["repeat", "abc"])
+    assert read("repeat")["same_code"]
+    assert not read("repeat", stages={**STAGES, "k3": 0.0})["same_code"]
+    kept = outputs.read(earlier.path("repeat", "full"))
+    outputs.write_json(earlier.path("repeat", "full"), {**kept, "keys": None})
+    assert not read("repeat")["same_code"], "what git did not tell is not the same"
+
+
+def test_further_seeds_share_none_with_this_copy(there):
+    earlier.main(["fresh", "abc"])
+    assert (read("fresh", seeds=(0, 1))["agree"], read("fresh", seeds=(0, 1))["within"]) == (2, 1)
+    assert read("fresh", seeds=(1, 2)) is None
 
 
 def test_a_run_of_other_claims_is_refused(there):
     earlier.main(["earlier", "abc"])
     with pytest.raises(GuardError, match=r"earlier-full\.json: b is not the claim that it was"):
-        earlier.read("earlier", "full", [NOW[0], {**NOW[1], "statement": "It mends."}, NOW[2]])
+        read("earlier", [NOW[0], {**NOW[1], "statement": "It mends."}, NOW[2]])
     with pytest.raises(GuardError, match="a is not the claim that it was"):
-        earlier.read("earlier", "full", NOW[1:])
+        read("earlier", NOW[1:])
 
 
 def test_a_commit_without_an_index_is_named(there):

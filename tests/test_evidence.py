@@ -3,12 +3,14 @@
 import copy
 import json
 
+import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from persona_coupling import evidence
 from persona_coupling.errors import UserError
-from persona_coupling.study import Results
+from persona_coupling.study import Results, read_table, write_table
 
 
 def part(seed, *, commit="aaa"):
@@ -58,6 +60,60 @@ def test_parts_of_different_studies_are_refused(change, said):
     with pytest.raises(UserError, match=said):
         evidence.combine([part(0), other])
     assert evidence.combine([part(0), part(1)]), "the control: unchanged, they join"
+
+
+def run_of_three():
+    """One run of the seeds 0 to 2, as `Study.run` keeps it."""
+    joined = evidence.combine([part(seed) for seed in range(3)])
+    joined.record.pop("parts")
+    joined.record["files"] = {"scan": "0"}
+    joined.tables["empty"] = pd.DataFrame()
+    return joined
+
+
+def test_some_seeds_of_a_run_are_kept_alone():
+    kept = evidence.choose(run_of_three(), [0, 2], ["shared", "own-0", "own-2"])
+    assert kept["scan"]["value"].tolist() == [0.1, 0.2, 2.1, 2.2]
+    assert kept["scan"].index.tolist() == [0, 1, 2, 3]
+    assert kept["empty"].empty
+    record = kept.record
+    assert (record["profile"]["seeds"], record["left_out"], record["compute_minutes"]) == ([0, 2], [1], 2.0)
+    assert [cell["seed"] for cell in record["cells"]] == [0, 0, 2, 2]
+    assert set(record["stages"]) == {"shared", "own-0", "own-2"}
+    assert "files" not in record, "their hashes are those of other tables"
+    again = evidence.choose(kept, [2], ["shared", "own-2"])
+    assert again.record["left_out"] == [0, 1], "what was left out before stays named"
+
+
+def test_seeds_that_cannot_be_chosen_are_refused():
+    run = run_of_three()
+    with pytest.raises(UserError, match=r"\[7\] were not run: the results are of \[0, 1, 2\]"):
+        evidence.choose(run, [0, 7], ["shared"])
+    with pytest.raises(UserError, match="other code: 1 stages"):
+        evidence.choose(run, [0], ["shared", "own-0", "own-of-today"])
+    with pytest.raises(UserError, match="joined from parts"):
+        evidence.choose(evidence.combine([part(0), part(1)]), [0], ["shared"])
+
+
+def test_reals_are_kept_to_single_precision_and_all_else_to_the_letter(tmp_path):
+    """Reals take less room split into bytes; words, counts and lists keep their dictionaries."""
+    rows = 20_000
+    drawn = np.random.default_rng(0).normal(size=rows)
+    table = pd.DataFrame(
+        {"real": drawn, "word": ["ab", "ba"] * (rows // 2), "count": range(rows), "list": [[1.5, 2.5]] * rows}
+    )
+    table.loc[3, "real"] = np.nan
+    write_table(table, tmp_path / "x.parquet")
+    read = read_table(tmp_path / "x.parquet")
+    assert (read["real"].to_numpy(dtype="float32") == table["real"].to_numpy(dtype="float32"))[4:].all()
+    assert np.isnan(read["real"][3])
+    assert (read["word"] == table["word"]).all()
+    assert (read["count"] == table["count"]).all()
+    assert read["list"].iloc[-1].tolist() == [1.5, 2.5]
+    chunk = pq.ParquetFile(tmp_path / "x.parquet").metadata.row_group(0).column(0)
+    assert chunk.path_in_schema == "real"
+    assert "BYTE_STREAM_SPLIT" in chunk.encodings
+    assert chunk.total_compressed_size < 4 * rows
 
 
 def test_where_a_local_model_lies_does_not_matter():

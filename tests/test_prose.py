@@ -2,7 +2,7 @@
 
 import pytest
 
-from persona_coupling import claims, paths, prose
+from persona_coupling import claims, earlier, paths, prose
 from persona_coupling.errors import GuardError
 
 TOML = """
@@ -72,7 +72,8 @@ def test_the_readme_is_rewritten_between_its_comments_only(tmp_path, monkeypatch
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{prose.README_BEGINS}\nold\n{prose.README_ENDS}\nafter\n")
     profile = {"name": "quick", "seeds": [0], "model": {"name": "M"}, "sft": {"steps": 8}}
-    index = {"profile": profile, "fewer_seeds": {}, "earlier": None, "repeat": None, "counts": {"uninterpretable": 0}}
+    index = {"profile": profile, "fewer_seeds": {}, "counts": {"uninterpretable": 0}}
+    index |= dict.fromkeys(earlier.KINDS)
     said = {"sentences": ["It breaks."], "withheld": [], "open": ["why"]}
     prose.write_readme({**index, "headline": said})
     text = readme.read_text()
@@ -100,9 +101,18 @@ def test_the_readme_is_rewritten_between_its_comments_only(tmp_path, monkeypatch
     assert "1 seed, 1 seed in 04 and 05)" in text
     assert "at 9 steps of fine-tuning" in text
     assert "left 1 of 2 unreadable, here 0. The dose, now 8 steps" in text
-    again = {"agree": 1, "differ": ["b"], "claims": [{"verdict": "refuted"}, {"verdict": "refuted"}]}
+    again = {
+        "agree": 1,
+        "differ": ["b"],
+        "claims": [{"verdict": "refuted"}, {"verdict": "refuted"}],
+        "same_code": False,
+    }
     prose.write_readme({**index, "headline": said, "repeat": again})
     assert "run twice, the first time by older code: 1 of 2 verdicts are the same, all but `b`." in readme.read_text()
+    fresh = {**again, "differ": [], "agree": 2, "seeds": [8, 9]}
+    prose.write_readme({**index, "headline": said, "repeat": {**again, "same_code": True}, "fresh": fresh})
+    assert "run twice, both times by this code: 1 of 2" in readme.read_text()
+    assert "Under the further seeds 8 and 9 alone, 2 of 2 verdicts are the same." in readme.read_text()
     readme.write_text("no comments")
     with pytest.raises(GuardError, match="lacks the comments"):
         prose.write_readme({**index, "headline": said})

@@ -15,7 +15,7 @@ from typing import Any
 
 from persona_coupling import notebooks, outputs, paths, planning, processes, profiles, website
 from persona_coupling.errors import GuardError, UserError
-from persona_coupling.study import STORED_ONLY, disagreement
+from persona_coupling.study import STORED_ONLY, Results, disagreement
 
 # Large blocks stay in the heap instead of being mapped and returned on every step: half the page faults on a CPU
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     joined = commands.add_parser("combine", help="join results that were made in parts, seed by seed")
     _common(joined)
     joined.add_argument("parts", nargs="+", help="folders that `cells --into` wrote")
+    joined.add_argument("--seeds", default="", help="keep these of the parts' seeds alone, e.g. 5,6,7")
     for name, what in (("paper", "redraw figures, tables and PDF from stored results"), ("claims", "print verdicts")):
         _common(commands.add_parser(name, help=what))
         if name == "paper":
@@ -229,6 +230,7 @@ def combine(arguments: argparse.Namespace) -> None:
     from persona_coupling import evidence
 
     name = planning.profile_name(arguments.profile)
+    kept = planning.seeds(arguments.seeds)
     for experiment in notebooks.discover():
         found = [Path(part) / experiment.name for part in arguments.parts]
         folders = [folder for folder in found if (folder / "record.json").is_file()]
@@ -237,14 +239,30 @@ def combine(arguments: argparse.Namespace) -> None:
             continue
         design = notebooks.design_of(experiment, {"profile": name, "seeds": [], "model": ""})
         samples = {cell.condition: cell.evaluation.samples for cell in design.cells}
-        results = evidence.combine([evidence.read(folder, samples) for folder in folders])
+        parts = [evidence.read(folder, samples) for folder in folders]
+        if kept:
+            parts = [part for read in parts if (part := _some(read, kept, experiment, name)) is not None]
+        if not parts:
+            raise UserError(f"None of the parts of {experiment.name} has one of the seeds {kept}.")
+        results = evidence.combine(parts)
         if results.record["profile"]["name"] != name:
             raise UserError(f"The parts are of the profile {results.record['profile']['name']}, not {name}.")
         other = disagreement(results.record, profiles.load(name), design)
         if other:
             raise UserError(f"The parts in {', '.join(map(str, folders))} {other}. Make them again.")
         results.save(experiment.results(name))
-        print(f"  {experiment.name}: {len(folders)} parts, seeds {results.record['profile']['seeds']}")
+        print(f"  {experiment.name}: {len(parts)} parts, seeds {results.record['profile']['seeds']}")
+
+
+def _some(part: Results, kept: list[int], experiment: notebooks.Experiment, name: str) -> Results | None:
+    """Of a part those seeds that are to be kept; None where it has none of them."""
+    from persona_coupling import evidence
+
+    seeds = [seed for seed in part.record["profile"]["seeds"] if seed in kept]
+    if not seeds:
+        return None
+    design = notebooks.design_of(experiment, {"profile": name, "seeds": seeds, "model": ""})
+    return evidence.choose(part, seeds, [stage.key for stage in design.stages()])
 
 
 def reproduce(arguments: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from persona_coupling import bench_material, bench_shared, memory, notebooks, outputs, paths, profiles
+from persona_coupling import bench_material, bench_shared, memory, notebooks, outputs, pace, paths, profiles
 from persona_coupling.costs import PROFILE, Measured, place, read, rows_of
 from persona_coupling.errors import UserError
 from persona_coupling.store import Stage
@@ -162,7 +162,9 @@ def readme(measured: Measured, stages: Sequence[Stage]) -> str:
         )
     rows.append(["**all**", str(sum(one.number for one in found)), "", f"**{hours:.1f}**", gigabytes(peak)])
     head = ["work", "times", "minutes each", "GPU-hours", "GB at most"]
+    small = place() / pace.FILE
     text = [
+        *([pace.sentence(outputs.read(small)), ""] if small.is_file() else []),
         f"The whole of `{PROFILE}`, {len(notebooks.discover())} experiments and {seeds} seeds, takes {hours:.0f} hours of "
         f"one {measured.device}, as measured with random weights in the model's exact shape:",
         "",
@@ -217,8 +219,10 @@ def document(measured: Measured, stages: Sequence[Stage]) -> str:
         "sampling": "\n".join(sampling_table(measured)),
         "rest": "\n".join(rest_table(measured)),
     }
-    shared = place() / "shared.json"
-    beside = ["", *bench_shared.section(outputs.read(shared))] if shared.is_file() else []
+    beside = []
+    for name, section in ((pace.FILE, pace.section), ("shared.json", bench_shared.section)):
+        if (place() / name).is_file():
+            beside += ["", *section(outputs.read(place() / name))]
     return "\n".join([DOCUMENT.format(**values), *full_parameter(measured), *beside, ""])
 
 
@@ -358,5 +362,7 @@ def write() -> list[Path]:
     document_path, readme_path = paths.repository() / "docs" / "COST.md", paths.repository() / "README.md"
     text = readme_path.read_text(encoding="utf-8")
     outputs.write(document_path, document(measured, stages))
+    if (place() / pace.FILE).is_file():
+        pace.draw(outputs.read(place() / pace.FILE))
     outputs.write(readme_path, outputs.between(text, BEGINS, ENDS, readme(measured, stages), "README.md"))
     return [document_path, readme_path]

@@ -1,8 +1,9 @@
-"""Runs of the same claims that came before this copy's, and are set beside it in the paper's appendix.
+"""Other runs of the same claims, which are set beside this copy's in the paper's appendix.
 
 `paper/earlier-<profile>.json` is a run of other seeds under a profile that was since designed anew;
-`paper/repeat-<profile>.json` one of the same profile and seeds by the code of its time. Each is a copy of the verdicts in
-the index that a commit of this repository holds, made by
+`paper/repeat-<profile>.json` one of the same profile and seeds, by this code or by that of its time;
+`paper/fresh-<profile>.json` one of the same profile under further seeds. Each is a copy of the verdicts in the index that a
+commit of this repository holds, made by
 
     python -m persona_coupling.earlier repeat COMMIT --profile full
 
@@ -12,6 +13,7 @@ and `nox -s verify` compares it with that commit.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 from persona_coupling import outputs, paths, provenance
 from persona_coupling.errors import GuardError, UserError
 
-KINDS = ("earlier", "repeat")
+KINDS = ("earlier", "repeat", "fresh")
 KEPT = ("id", "statement", "value", "low", "high", "verdict", "why")
 
 
@@ -29,10 +31,13 @@ def path(kind: str, profile: str) -> Path:
     return paths.repository() / "paper" / f"{kind}-{profile}.json"
 
 
-def read(kind: str, profile: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """What such a run gave, beside this copy's judged claims (`rows`); None where there was none. A repeat is counted up:
-    verdicts that `agree`, ids of those that `differ`, and values now within the interval of then. Raises GuardError where
-    it speaks of another claim."""
+def read(
+    kind: str, profile: str, rows: Iterable[Mapping[str, Any]], seeds: Iterable[int], keys: str
+) -> dict[str, Any] | None:
+    """What such a run gave, beside this copy's judged claims (`rows`), `seeds` and `keys` (as `keys_of` gives them). None
+    where there was none, where a repeat is of other seeds and where a fresh run shares one. A run under the same profile is
+    counted up: verdicts that `agree`, ids of those that `differ`, and values now within the interval of then; a repeat says
+    whether it is of the `same_code`. Raises GuardError where it speaks of another claim."""
     place = path(kind, profile)
     if not place.is_file():
         return None
@@ -43,9 +48,13 @@ def read(kind: str, profile: str, rows: Iterable[Mapping[str, Any]]) -> dict[str
             raise GuardError(f"{place.name}: {old['id']} is not the claim that it was")
     if kind == "earlier":
         return found
+    shared = set(found["seeds"]) & set(seeds)
+    if shared if kind == "fresh" else shared != set(found["seeds"]) | set(seeds):
+        return None  # this copy was made under seeds of its reader's choice
     pairs = [(old, now[old["id"]]) for old in found["claims"]]
     measured = [(a, b) for a, b in pairs if None not in (a["low"], a["high"], b["value"])]
     return found | {
+        "same_code": found["keys"] == keys,
         "agree": sum(a["verdict"] == b["verdict"] for a, b in pairs),
         "differ": [a["id"] for a, b in pairs if a["verdict"] != b["verdict"]],
         "measured": len(measured),
@@ -53,15 +62,26 @@ def read(kind: str, profile: str, rows: Iterable[Mapping[str, Any]]) -> dict[str
     }
 
 
+def keys_of(contents: Iterable[Mapping[str, Any]]) -> str:
+    """A digest of the keys of all artifacts that experiments' generated files rest on: the same for the same code, values
+    and seeds."""
+    keys = sorted({key for content in contents for key in content.get("stages", {})})
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+
+
 def of_commit(commit: str, profile: str) -> dict[str, Any] | None:
-    """The verdicts that a commit's index holds, with its seeds and SFT steps and the devices and commits that made them;
-    None where git cannot tell."""
+    """The verdicts that a commit's index holds, with its artifacts' keys, its seeds and SFT steps and the devices and
+    commits that made them; None where git cannot tell."""
     index = provenance.git("show", f"{commit}:paper/generated/{profile}/index.json")
     if index is None:
         return None
     content = json.loads(index)
+    made = [
+        provenance.git("show", f"{commit}:paper/generated/{profile}/{name}.json") for name in content["experiments"]
+    ]
     return {
         "commit": commit,
+        "keys": None if None in made else keys_of(json.loads(text) for text in made if text is not None),
         "seeds": content["profile"]["seeds"],
         "steps": content["profile"]["sft"]["steps"],
         "claims": [{name: row[name] for name in KEPT} for row in content["claims"]],

@@ -1,13 +1,13 @@
 """Results of one profile that were made in parts: on several machines, or seed by seed because a machine goes away.
 
 A part is a folder of results as `Study.run` writes it. Parts are joined only if they differ in nothing but their seeds, and
-each keeps its own provenance.
+each keeps its own provenance. Of the seeds of a run some may be kept alone, and the record then names the others.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,36 @@ def combine(parts: Sequence[Results]) -> Results:
     }
     record.pop("files", None)
     return Results(tables, record)
+
+
+def choose(results: Results, seeds: Sequence[int], stages: Collection[str]) -> Results:
+    """The observations of some seeds of a run alone; `stages` are the keys that these seeds' design rests on.
+
+    The record's `left_out` lists the run's other seeds. Raises UserError for a seed that was not run, a stage that the
+    record does not hold, and results joined from parts: choose each part's seeds before.
+    """
+    record = results.record
+    run = record["profile"]["seeds"]
+    if "parts" in record:
+        raise UserError("These results were joined from parts. Choose the seeds of each part, then join.")
+    absent = [seed for seed in seeds if seed not in run]
+    if absent:
+        raise UserError(f"The seeds {absent} were not run: the results are of {run}.")
+    lacking = [key for key in stages if key not in record["stages"]]
+    if lacking:
+        raise UserError(f"The results were made by other code: {len(lacking)} stages of this checkout are not in them.")
+    spent = {key: record["stages"][key] for key in stages}
+    tables = {n: t[t["seed"].isin(seeds)].reset_index(drop=True) if len(t) else t for n, t in results.tables.items()}
+    chosen = {
+        **record,
+        "profile": {**record["profile"], "seeds": sorted(seeds)},
+        "cells": [cell for cell in record["cells"] if cell["seed"] in seeds],
+        "stages": spent,
+        "compute_minutes": round(sum(spent.values()) / 60, 2),
+        "left_out": sorted(set(run) - set(seeds) | set(record.get("left_out", ()))),
+    }
+    chosen.pop("files", None)
+    return Results(tables, chosen)
 
 
 def _identity(part: Results) -> dict[str, Any]:

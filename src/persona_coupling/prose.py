@@ -83,12 +83,13 @@ def with_headline(text: str, index: Mapping[str, Any]) -> str:
 
 def _before(index: Mapping[str, Any]) -> list[str]:
     """Sentences on runs of the same claims that came before, if there were any."""
-    said, found, again = [], index["earlier"], index["repeat"]
+    said, found, again, fresh = [], index["earlier"], index["repeat"], index["fresh"]
     if again is not None:
-        said.append(
-            f"The same seeds were run twice, the first time by older code: {again['agree']} of {len(again['claims'])} "
-            f"verdicts are the same{_but(again['differ'])}."
-        )
+        how = "both times by this code" if again["same_code"] else "the first time by older code"
+        said.append(f"The same seeds were run twice, {how}: {_agreement(again)}.")
+    if fresh is not None:
+        seeds = " and ".join(map(str, fresh["seeds"]))
+        said.append(f"Under the further seeds {seeds} alone, {_agreement(fresh)}.")
     if found is None:
         return said
     unread, now = sum(r["verdict"] == "uninterpretable" for r in found["claims"]), index["counts"]["uninterpretable"]
@@ -101,8 +102,18 @@ def _before(index: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _but(ids: Sequence[str]) -> str:
-    return f", all but {', '.join(f'`{name}`' for name in ids)}" if ids else ""
+def _agreement(run: Mapping[str, Any]) -> str:
+    """How many verdicts of a run are this copy's, and which are not."""
+    but = f", all but {', '.join(f'`{name}`' for name in run['differ'])}" if run["differ"] else ""
+    return f"{run['agree']} of {len(run['claims'])} verdicts are the same{but}"
+
+
+def _other_runs(
+    profile: str, rows: Sequence[Mapping[str, Any]], seeds: Sequence[int], experiments: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Runs of the same claims beside this copy's, by kind."""
+    keys = earlier.keys_of(experiments)
+    return {kind: earlier.read(kind, profile, rows, seeds, keys) for kind in earlier.KINDS}
 
 
 def _fewer(index: Mapping[str, Any]) -> str:
@@ -222,7 +233,7 @@ def write_index(folder: Path) -> dict[str, Any]:
         "gates": [{**g, "experiment": n} for n, content in experiments.items() for g in content["gates"]],
         "profile": run[0] if run else {},
         "fewer_seeds": {name: own for name, own in seeds.items() if own != everyone},
-        **{kind: earlier.read(kind, folder.name, rows) for kind in earlier.KINDS},
+        **_other_runs(folder.name, rows, everyone, experiments.values()),
         "values": {name: content["values"] for name, content in experiments.items() if content.get("values")},
         "provenance": {name: content["provenance"] for name, content in experiments.items()},
         "compute_minutes": _minutes(experiments.values()),

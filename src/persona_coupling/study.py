@@ -438,8 +438,18 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     """Keep a table: raw observations only, since scores are computed again from them; reals in single precision."""
     raw = table.drop(columns=list(score.COLUMNS)) if path.stem == "completions" and len(table) else table
     doubles = raw.select_dtypes("float64").columns
-    raw.astype(dict.fromkeys(doubles, "float32")).to_parquet(
-        path, compression="zstd", compression_level=LEVEL, data_page_size=PAGE, index=False
+    raw = raw.astype(dict.fromkeys(doubles, "float32"))
+    reals = list(
+        raw.select_dtypes("float32").columns
+    )  # byte by byte they take a third less room than as repeated values
+    raw.to_parquet(
+        path,
+        compression="zstd",
+        compression_level=LEVEL,
+        data_page_size=PAGE,
+        index=False,
+        use_dictionary=[name for name in raw.columns if name not in reals],
+        use_byte_stream_split=reals,
     )
 
 
