@@ -128,6 +128,22 @@ def test_build_makes_every_stage_once_and_learns(store, speeds, tmp_path, capsys
     assert {s.name: int((store.folder(s) / "done").read_text()) for s in stages} == times
 
 
+def test_the_eta_is_the_plan_at_first_and_the_pace_of_the_run_later():
+    """100 expected seconds of work, planned to take 50 side by side: nothing done after 20 leaves the plan, 5 half of it,
+    and 50 after 80 say that as much is left."""
+
+    def left(bar, done, elapsed):
+        bar.n, bar.start_t = done, bar._time() - elapsed
+        told = bar.format_dict
+        return (told["total"] - told["n"]) / told["rate"]
+
+    with progress.seconds_bar({"a": 60.0, "b": 40.0}, seconds=50.0, described=8) as bar:
+        assert left(bar, 0.0, 20.0) == pytest.approx(50, rel=1e-3)
+        assert left(bar, 5.0, 20.0) == pytest.approx(95 / (0.5 * 5 / 20 + 0.5 * 2), rel=1e-3)
+        assert left(bar, 50.0, 80.0) == pytest.approx(80, rel=1e-3)
+        bar.n = 100.0
+
+
 def test_a_stage_that_another_process_made_is_not_learnt_from(store, speeds, tmp_path):
     job = Job("a")
     planned = progress.plan([job], store, speeds)

@@ -172,7 +172,8 @@ class _Run:
 
     def finish(self) -> None:
         """Hand out everything, wait for it, and raise the first error."""
-        with seconds_bar(self.costs, described=34) as bar:
+        planned = sum(self.costs.values()) / max(1.0, sum(self.nodes.fit().values()))
+        with seconds_bar(self.costs, seconds=planned, described=34) as bar:
             self.nodes.say = bar.write
             for group in self.groups:
                 self.hand_out(group)

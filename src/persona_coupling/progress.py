@@ -31,6 +31,7 @@ TINY = 0.1  # times SmolLM2-135M: below, a run on a CPU is over before processes
 LARGE = 5  # times SmolLM2-135M: from here on a model fills the card alone
 SHARED = 0.5  # of the workers on one GPU are at work on the average (5.3 to 7.8 of 12: the others wait for a parent)
 STACKED = 60_000.0  # trained tokens per second of a stack on one H100, its preparation included
+TOLD = 0.1  # share of the work that must be done before the ETA rests on the run's own pace alone
 MEMORY = 0.3  # weight of a new observation in the running correction
 
 
@@ -185,9 +186,12 @@ def running_lab(store: Store, device: str) -> Lab:
     return Lab(store, device=device, report=report, say=bar.write)
 
 
-def seconds_bar(costs: Mapping[str, float], *, described: int) -> Any:
-    """A bar over the sum of expected seconds, its description so many characters wide. Seconds added in another order may
-    exceed that sum by rounding; the bar ends there all the same."""
+def seconds_bar(costs: Mapping[str, float], *, seconds: float, described: int) -> Any:
+    """A bar over the sum of expected seconds, its description so many characters wide, of a run planned to take `seconds`.
+
+    The ETA is the plan's at first and more and more that of the run's pace so far: stages end in bursts, whose own pace
+    says little. Seconds added in another order may exceed their sum by rounding; the bar ends there all the same.
+    """
     from tqdm import tqdm
 
     total = sum(costs.values())
@@ -195,6 +199,14 @@ def seconds_bar(costs: Mapping[str, float], *, described: int) -> Any:
     class Bar(tqdm):
         def update(self, n: int | float | None = 1) -> bool | None:
             return super().update(min(n or 0.0, total - self.n))
+
+        @property
+        def format_dict(self) -> Any:
+            found = super().format_dict
+            if not (total and seconds and found["elapsed"]):
+                return found
+            own = min(1.0, self.n / total / TOLD)
+            return {**found, "rate": own * self.n / found["elapsed"] + (1 - own) * total / seconds}
 
     layout = f"{{desc:<{described}.{described}}} {{percentage:3.0f}}%|{{bar:24}}| [{{elapsed}} < {{remaining}}]"
     interval = 0.5 if sys.stdout.isatty() else 20.0  # seconds between lines in a log file
@@ -206,7 +218,7 @@ def build(planned: Plan, store: Store, settings: Machine, speeds: Speeds) -> Non
     worker, or cells that are trained together, in processes of their own."""
     if not planned.missing:
         return
-    with seconds_bar(planned.costs, described=26) as bar:
+    with seconds_bar(planned.costs, seconds=planned.seconds, described=26) as bar:
         if settings.workers == settings.stack == 1:
             _one_by_one(planned.missing, planned.costs, store, settings.device, speeds, bar)
         else:
