@@ -256,7 +256,8 @@ def _kernel_of_this_interpreter(work: Path) -> Iterator[str]:
     name = "persona-coupling"
     folder = work / "jupyter" / "kernels" / name
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"]
+    quiet = "--log-level=50"  # an idle kernel is interrupted before it is ended, and calls that an error
+    arguments = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", quiet]
     spec = {"argv": arguments, "display_name": "Python 3", "language": "python"}
     outputs.write(folder / "kernel.json", json.dumps(spec))  # whole or not at all: others may be reading it
     joined = os.pathsep.join([str(work / "jupyter"), os.environ.get("JUPYTER_PATH", "")]).strip(os.pathsep)
