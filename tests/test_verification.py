@@ -481,6 +481,16 @@ def test_numbers_are_printed_as_the_paper_prints_them(x, digits, printed):
     assert trace.fixed(x, digits) == printed
 
 
+def test_a_rate_that_only_an_experiments_facts_hold_is_traced_as_a_power_of_ten(root):
+    path = root / "paper" / "generated" / PROFILE / f"{NAME}.json"
+    before = trace.sources(PROFILE).numbers
+    content = json.loads(path.read_text())
+    content["facts"]["rates"] = {"low": 0.000397}
+    path.write_text(json.dumps(content))
+    assert trace.sources(PROFILE).numbers - before >= {"3.97"}
+    assert {"10", "−4"} <= trace.sources(PROFILE).numbers
+
+
 def test_an_interval_is_traced_as_a_whole_and_words_over_line_breaks():
     made = trace.Sources({trace.squeezed("18 of 26 SFT steps")[0]}, {"31", "29", "33", "12"}, {("31", "29", "40")})
     text = "A rate of 31 % [29, 40] holds, 31 % [29, 33] does not; 18 of\n26 SFT steps, 12 and 13.\n7"

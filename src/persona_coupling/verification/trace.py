@@ -68,25 +68,29 @@ def sources(profile: str) -> Sources:
         for leaf in _leaves(content):
             _take(made, leaf)
         if isinstance(content, dict):
+            made.numbers |= {part for leaf in _leaves(content.get("facts", {})) for part in _as_power(leaf)}
             for found in content.get("estimates", {}).values():
                 _take_estimate(made, found)
     index = json.loads((paths.generated(profile) / "index.json").read_text(encoding="utf-8"))
     for kind in earlier.KINDS:
         for row in (index.get(kind) or {}).get("claims", []):
             _take_estimate(made, row)
+    made.numbers |= {part for leaf in _leaves(index) for part in _as_power(leaf)}
     for number in computed(index):
         made.numbers |= {fixed(number, 0), fixed(number, 1)}
     noise = paths.generated(profile) / "noise_floor.json"
     if noise.is_file():  # rates, which the reproducibility statement prints as points
         measured = json.loads(noise.read_text(encoding="utf-8"))
         made.numbers |= {fixed(100 * value, 1) for value in measured.values() if isinstance(value, float)}
-    made.numbers |= {fixed(math.floor(math.log10(abs(x)) + 1e-9), 0) for x in _leaves(index["profile"]) if _small(x)}
-    made.numbers |= {"10"} | {f"{x / 10 ** math.floor(math.log10(x) + 1e-9):.3g}" for x in _leaves(index) if _small(x)}
     return made
 
 
-def _small(x: Any) -> bool:
-    return isinstance(x, float) and 0 < x < 0.01
+def _as_power(x: Any) -> set[str]:
+    """What the text prints of a small number such as a learning rate: mantissa, ten, and its power."""
+    if not (isinstance(x, float) and 0 < x < 0.01):
+        return set()
+    power = math.floor(math.log10(x) + 1e-9)
+    return {f"{x / 10**power:.3g}", "10", fixed(power, 0)}
 
 
 def computed(index: dict[str, Any]) -> Iterator[int | float]:
