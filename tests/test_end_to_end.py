@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
 
 import nbformat
@@ -208,6 +209,47 @@ def test_parts_of_another_design_are_refused_before_anything_is_replaced(root: P
     assert "1 parts, seeds [0, 1]" in combined().stdout, "the control"
     for name, content in before.items():
         (own / name).write_bytes(content)
+
+
+def test_some_seeds_of_a_run_are_kept_alone(root: Path, tmp_path: Path) -> None:
+    """As for evidence that would be too large: the record names what was left out, and what is kept is as it was."""
+    own = root / "experiments/00_replication/results/smoke"
+    before = {path.name: path.read_bytes() for path in own.iterdir()}
+    whole = pd.read_parquet(own / "completions.parquet")
+    shutil.copytree(own, tmp_path / "part" / "00_replication")
+    try:
+        done = run(root, "combine", "--profile", "smoke", "--seeds", "1", str(tmp_path / "part"))
+        assert "00_replication: 1 parts, seeds [1]" in done.stdout
+        record = json.loads((own / "record.json").read_text())
+        assert (record["profile"]["seeds"], record["left_out"]) == ([1], [0])
+        kept = pd.read_parquet(own / "completions.parquet")
+        pd.testing.assert_frame_equal(kept, whole[whole["seed"] == 1].reset_index(drop=True))
+        lost = run(root, "combine", "--profile", "smoke", "--seeds", "7", str(tmp_path / "part"), check=False)
+        assert (lost.returncode, "has one of the seeds [7]" in lost.stderr) == (2, True), lost.stderr
+    finally:
+        shutil.rmtree(own)
+        shutil.copytree(tmp_path / "part" / "00_replication", own)
+    assert {path.name: path.read_bytes() for path in own.iterdir()} == before
+
+
+def test_the_pace_of_a_run_is_measured_from_its_store(root: Path) -> None:
+    """Of the killed run and the one that went on, taken as one."""
+    times = [path.stat().st_mtime for path in (root / "artifacts").glob("*/[!.]*/manifest.json")]
+    started, ended = (datetime.fromtimestamp(t, UTC).isoformat() for t in (min(times) - 60, max(times) + 2))
+    (root / "docs" / "measured").mkdir(parents=True, exist_ok=True)
+
+    def pace(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "persona_coupling.pace", "--profile", "smoke", *arguments]
+        return subprocess.run(command, env=stress.environment(root), capture_output=True, text=True, check=False)
+
+    done = pace("--seeds", "0,1", "--started", started, "--ended", ended)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((root / "docs/measured/one-gpu.json").read_text())
+    assert list(found["seeds"]) == ["0", "1"]
+    assert found["stages"] >= len(times) - 1
+    assert found["seeds"]["1"][-1] <= found["wall_seconds"]
+    other = pace("--seeds", "0,1,2", "--started", started, "--ended", ended)
+    assert (other.returncode, "is not in the store" in other.stderr) == (2, True), other.stderr
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,13 @@ def test_curves_and_sums_are_those_by_hand():
     assert points["minutes"].max() == 50 / 60
     with pytest.raises(UserError, match="No stage was made for seed 7"):
         pace.measured(MADE, [5, 6, 7], 90.0)
+    with pytest.raises(UserError, match="behind the run's end at 48 s"):
+        pace.measured(MADE, [5, 6], 48.0)
+
+
+def test_a_time_that_is_none_is_named(capsys):
+    assert pace.main(["--seeds", "5", "--started", "noon", "--ended", "2026-01-31T12:00:00"]) == 2
+    assert "noon is no time" in capsys.readouterr().err
 
 
 def test_the_section_and_the_sentence_say_what_was_measured():

@@ -65,6 +65,9 @@ def from_store(store: Store, stages: Iterable[Stage], turns: Mapping[str, int], 
 def measured(made: Sequence[Made], seeds: Sequence[int], wall: float) -> dict[str, Any]:
     """Seconds after the start at which each share of a seed's stages was finished, and each kind's number and seconds;
     `wall` is the whole command. A stage that several seeds ask for counts for the first of them."""
+    late = max(one.finished for one in made)
+    if late > wall + 1:  # artifacts know whole seconds
+        raise UserError(f"An artifact was finished {late:.0f} s after the start, behind the run's end at {wall:.0f} s.")
     curves = {}
     for turn, seed in enumerate(seeds):
         ends = sorted(one.finished for one in made if one.turn == turn)
@@ -159,24 +162,36 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="persona_coupling.pace", description=main.__doc__)
     parser.add_argument("--profile", default="full")
     parser.add_argument("--seeds", required=True, help="the run's seeds, e.g. 5,6,7,8,9")
-    parser.add_argument("--started", required=True, help="UTC time of the command's start, as ISO 8601")
-    parser.add_argument("--ended", required=True, help="UTC time of its end")
+    parser.add_argument(
+        "--started", required=True, help="time of the command's start, as ISO 8601; UTC if it names no zone"
+    )
+    parser.add_argument("--ended", required=True, help="time of its end")
     chosen = parser.parse_args(arguments)
     try:
-        started, ended = (datetime.fromisoformat(t).replace(tzinfo=UTC) for t in (chosen.started, chosen.ended))
+        started, ended = _time(chosen.started), _time(chosen.ended)
         seeds, store = planning.seeds(chosen.seeds), Store(paths.artifacts())
         profile = profiles.load(chosen.profile).name
         given = {"profile": profile, "seeds": seeds, "model": ""}
         designs = [notebooks.design_of(experiment, given) for experiment in notebooks.discover()]
         stages = in_order([stage for design in designs for stage in design.stages()])
         made = from_store(store, stages, planning.turns_of(designs, seeds), started)
+        found = measured(made, seeds, (ended - started).total_seconds())
         records = [store.manifest(stage)["provenance"] for stage in stages]
-    except (UserError, ValueError) as error:
+        first = records[0] | {what: " / ".join(provenance.distinct(records, what)) for what in ("commit", "device")}
+        keep(found, profile, len(designs), first)
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    first = records[0] | {what: " / ".join(provenance.distinct(records, what)) for what in ("commit", "device")}
-    keep(measured(made, seeds, (ended - started).total_seconds()), profile, len(designs), first)
+    print(f"  {(place() / FILE).relative_to(paths.repository())}; now `nox -s costs`")
     return 0
+
+
+def _time(text: str) -> datetime:
+    try:
+        told = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise UserError(f"{text} is no time as ISO 8601 writes it, e.g. 2026-01-31T12:00:00.") from error
+    return told if told.tzinfo else told.replace(tzinfo=UTC)
 
 
 def keep(content: dict[str, Any], profile: str, experiments: int, made: Mapping[str, Any]) -> None:
