@@ -42,7 +42,7 @@ def there(tmp_path, monkeypatch):
     (tmp_path / "paper").mkdir()
 
     def git(*arguments):
-        held = {"index": INDEX, "00_x": {"stages": STAGES}}
+        held = {"index": INDEX, "00_x": {"experiment": "00_x", "stages": STAGES}}
         named = {
             ("show", f"abc:paper/generated/full/{name}.json"): json.dumps(content) for name, content in held.items()
         }
@@ -52,8 +52,9 @@ def there(tmp_path, monkeypatch):
     return tmp_path / "paper"
 
 
-def read(kind, rows=NOW, *, profile="full", seeds=(2,), stages=STAGES):
-    return earlier.read(kind, profile, rows, seeds, earlier.keys_of([{"stages": stages}]))
+def read(kind, rows=NOW, *, profile="full", stages=STAGES, more=(), **values):
+    keys = earlier.keys_of([{"experiment": "00_x", "stages": stages}, *more])
+    return earlier.read(kind, profile, earlier.Copy(rows, {**INDEX["profile"], **values}, keys))
 
 
 def test_where_nothing_came_before_nothing_is_set_beside(there):
@@ -70,7 +71,7 @@ def test_a_commits_verdicts_are_kept_and_counted_up(there):
     assert (found["agree"], found["differ"], found["measured"], found["within"]) == (2, ["b"], 2, 1)
     assert read("repeat", profile="quick") is None
     assert read("earlier") is None
-    assert read("repeat", seeds=(2, 3)) is None, "other seeds repeat nothing"
+    assert read("repeat", seeds=[2, 3]) is None, "other seeds repeat nothing"
     assert "1 as their commits hold them" in verify.check_earlier("full").why
 
 
@@ -78,6 +79,11 @@ def test_a_repeat_says_whether_it_is_of_the_same_code(there):
     earlier.main(["repeat", "abc"])
     assert read("repeat")["same_code"]
     assert not read("repeat", stages={**STAGES, "k3": 0.0})["same_code"]
+    assert read("repeat", more=[{"experiment": "01_y", "stages": {"k9": 1.0}}])["same_code"], "one more question"
+    assert read("repeat", gates={"lost": 1.0}) is not None, "thresholds are applied anew"
+    assert read("repeat", sft={"steps": 8}) is None, "another dose repeats nothing"
+    assert read("repeat", model={"name": "another"}) is None
+    assert read("repeat", model={"path": "/elsewhere"})["agree"] == 2, "where a model lies does not matter"
     kept = outputs.read(earlier.path("repeat", "full"))
     outputs.write_json(earlier.path("repeat", "full"), {**kept, "keys": None})
     assert not read("repeat")["same_code"], "what git did not tell is not the same"
@@ -85,8 +91,9 @@ def test_a_repeat_says_whether_it_is_of_the_same_code(there):
 
 def test_further_seeds_share_none_with_this_copy(there):
     earlier.main(["fresh", "abc"])
-    assert (read("fresh", seeds=(0, 1))["agree"], read("fresh", seeds=(0, 1))["within"]) == (2, 1)
-    assert read("fresh", seeds=(1, 2)) is None
+    assert (read("fresh", seeds=[0, 1])["agree"], read("fresh", seeds=[0, 1])["within"]) == (2, 1)
+    assert "same_code" not in read("fresh", seeds=[0, 1]), "keys hold seeds"
+    assert read("fresh", seeds=[1, 2]) is None
 
 
 def test_a_run_of_other_claims_is_refused(there):

@@ -225,7 +225,7 @@ def test_some_seeds_of_a_run_are_kept_alone(root: Path, tmp_path: Path) -> None:
         kept = pd.read_parquet(own / "completions.parquet")
         pd.testing.assert_frame_equal(kept, whole[whole["seed"] == 1].reset_index(drop=True))
         lost = run(root, "combine", "--profile", "smoke", "--seeds", "7", str(tmp_path / "part"), check=False)
-        assert (lost.returncode, "has one of the seeds [7]" in lost.stderr) == (2, True), lost.stderr
+        assert (lost.returncode, "has the seeds [7]; they have [0, 1]" in lost.stderr) == (2, True), lost.stderr
     finally:
         shutil.rmtree(own)
         shutil.copytree(tmp_path / "part" / "00_replication", own)

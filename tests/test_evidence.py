@@ -83,20 +83,32 @@ def test_some_seeds_of_a_run_are_kept_alone():
     assert "files" not in record, "their hashes are those of other tables"
     again = evidence.choose(kept, [2], ["shared", "own-2"])
     assert again.record["left_out"] == [0, 1], "what was left out before stays named"
+    assert evidence.choose(kept, [2, 0], []) is kept
+
+
+def test_what_was_left_out_is_known_of_joined_parts_too():
+    first = evidence.choose(run_of_three(), [0, 2], ["shared", "own-0", "own-2"])
+    first.tables.pop("empty")
+    assert evidence.combine([first, part(7)]).record["left_out"] == [1]
+    joined = evidence.combine([part(1), first])
+    assert "left_out" not in joined.record, "it is there now"
+    alone = evidence.combine([first])
+    assert evidence.choose(alone, [0], ["shared", "own-0"]).record["left_out"] == [1, 2]
+    assert "parts" not in evidence.choose(alone, [0], ["shared", "own-0"]).record
 
 
 def test_seeds_that_cannot_be_chosen_are_refused():
     run = run_of_three()
     with pytest.raises(UserError, match=r"\[7\] were not run: the results are of \[0, 1, 2\]"):
         evidence.choose(run, [0, 7], ["shared"])
-    with pytest.raises(UserError, match="other code: 1 stages"):
+    with pytest.raises(UserError, match="other code or another model: 1 of the 3 stages"):
         evidence.choose(run, [0], ["shared", "own-0", "own-of-today"])
     with pytest.raises(UserError, match="joined from parts"):
         evidence.choose(evidence.combine([part(0), part(1)]), [0], ["shared"])
 
 
 def test_reals_are_kept_to_single_precision_and_all_else_to_the_letter(tmp_path):
-    """Reals take less room split into bytes; words, counts and lists keep their dictionaries."""
+    """Reals take less room split into bytes."""
     rows = 20_000
     drawn = np.random.default_rng(0).normal(size=rows)
     table = pd.DataFrame(

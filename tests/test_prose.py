@@ -107,12 +107,13 @@ def test_the_readme_is_rewritten_between_its_comments_only(tmp_path, monkeypatch
         "claims": [{"verdict": "refuted"}, {"verdict": "refuted"}],
         "same_code": False,
     }
-    prose.write_readme({**index, "headline": said, "repeat": again})
-    assert "run twice, the first time by older code: 1 of 2 verdicts are the same, all but `b`." in readme.read_text()
+    prose.write_readme({**index, "headline": said, "older": again})
+    assert "seeds were run by older code too: 1 of 2 verdicts are the same, all but `b`." in readme.read_text()
     fresh = {**again, "differ": [], "agree": 2, "seeds": [8, 9]}
     prose.write_readme({**index, "headline": said, "repeat": {**again, "same_code": True}, "fresh": fresh})
-    assert "run twice, both times by this code: 1 of 2" in readme.read_text()
-    assert "Under the further seeds 8 and 9 alone, 2 of 2 verdicts are the same." in readme.read_text()
+    assert "seeds were run once more by this code: 1 of 2" in readme.read_text()
+    assert "older code" not in readme.read_text()
+    assert "Under further seeds alone (8, 9), 2 of 2 verdicts are the same." in readme.read_text()
     readme.write_text("no comments")
     with pytest.raises(GuardError, match="lacks the comments"):
         prose.write_readme({**index, "headline": said})

@@ -71,38 +71,43 @@ def combine(parts: Sequence[Results]) -> Results:
             {"seeds": part.record["profile"]["seeds"], "provenance": part.record["provenance"]} for part in order
         ],
     }
-    record.pop("files", None)
-    return Results(tables, record)
+    lacking = {seed for part in parts for seed in part.record.get("left_out", ())} - set(seeds)
+    record = {name: value for name, value in record.items() if name not in ("files", "left_out")}
+    return Results(tables, record | ({"left_out": sorted(lacking)} if lacking else {}))
 
 
 def choose(results: Results, seeds: Sequence[int], stages: Collection[str]) -> Results:
     """The observations of some seeds of a run alone; `stages` are the keys that these seeds' design rests on.
 
     The record's `left_out` lists the run's other seeds. Raises UserError for a seed that was not run, a stage that the
-    record does not hold, and results joined from parts: choose each part's seeds before.
+    record does not hold, and results joined from several parts, of whose machines each made other seeds.
     """
     record = results.record
     run = record["profile"]["seeds"]
-    if "parts" in record:
-        raise UserError("These results were joined from parts. Choose the seeds of each part, then join.")
     absent = [seed for seed in seeds if seed not in run]
     if absent:
         raise UserError(f"The seeds {absent} were not run: the results are of {run}.")
+    if set(seeds) == set(run):
+        return results
+    if len(record.get("parts", ())) > 1:
+        raise UserError("These results were joined from parts. Choose the seeds of each part, then join.")
     lacking = [key for key in stages if key not in record["stages"]]
     if lacking:
-        raise UserError(f"The results were made by other code: {len(lacking)} stages of this checkout are not in them.")
+        raise UserError(
+            f"The results are of other code or another model: {len(lacking)} of the {len(stages)} stages that this checkout "
+            "would build for those seeds are not in them. Choose in a checkout of the commit in their record."
+        )
     spent = {key: record["stages"][key] for key in stages}
-    tables = {n: t[t["seed"].isin(seeds)].reset_index(drop=True) if len(t) else t for n, t in results.tables.items()}
     chosen = {
         **record,
         "profile": {**record["profile"], "seeds": sorted(seeds)},
         "cells": [cell for cell in record["cells"] if cell["seed"] in seeds],
         "stages": spent,
         "compute_minutes": round(sum(spent.values()) / 60, 2),
-        "left_out": sorted(set(run) - set(seeds) | set(record.get("left_out", ()))),
+        "left_out": sorted({*run, *record.get("left_out", ())} - set(seeds)),
     }
-    chosen.pop("files", None)
-    return Results(tables, chosen)
+    tables = {n: t[t["seed"].isin(seeds)].reset_index(drop=True) if len(t) else t for n, t in results.tables.items()}
+    return Results(tables, {name: value for name, value in chosen.items() if name not in ("files", "parts")})
 
 
 def _identity(part: Results) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""How long a whole run took, and where its time went: from what the artifacts of its store say of themselves.
+"""How long a whole run took on one card, and where its time went: from what the artifacts of its store say of themselves.
 
     python -m persona_coupling.pace --profile full --seeds 5,6,7,8,9 --started TIME --ended TIME
 
 writes `docs/measured/one-gpu.json`, from which `nox -s costs` writes a section of `docs/COST.md` with its figure. Start and
-end are those of the command: the artifacts know neither what came before the first nor the tables behind the last.
+end are those of the command: the artifacts know neither what came before the first nor the tables behind the last, nor how
+many cards there were.
 """
 
 from __future__ import annotations
@@ -177,8 +178,10 @@ def main(arguments: list[str] | None = None) -> int:
         made = from_store(store, stages, planning.turns_of(designs, seeds), started)
         found = measured(made, seeds, (ended - started).total_seconds())
         records = [store.manifest(stage)["provenance"] for stage in stages]
-        first = records[0] | {what: " / ".join(provenance.distinct(records, what)) for what in ("commit", "device")}
-        keep(found, profile, len(designs), first)
+        last = max(records, key=lambda record: record["made"]) | {
+            what: " / ".join(provenance.distinct(records, what)) for what in ("commit", "device")
+        }
+        keep(found, profile, len(designs), last)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

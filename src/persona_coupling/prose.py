@@ -83,13 +83,14 @@ def with_headline(text: str, index: Mapping[str, Any]) -> str:
 
 def _before(index: Mapping[str, Any]) -> list[str]:
     """Sentences on runs of the same claims that came before, if there were any."""
-    said, found, again, fresh = [], index["earlier"], index["repeat"], index["fresh"]
-    if again is not None:
-        how = "both times by this code" if again["same_code"] else "the first time by older code"
-        said.append(f"The same seeds were run twice, {how}: {_agreement(again)}.")
+    said, found, fresh = [], index["earlier"], index["fresh"]
+    for again in (index["repeat"], index["older"]):
+        if again is not None:
+            how = "once more by this code" if again["same_code"] else "by older code too"
+            said.append(f"The same seeds were run {how}: {_agreement(again)}.")
     if fresh is not None:
-        seeds = " and ".join(map(str, fresh["seeds"]))
-        said.append(f"Under the further seeds {seeds} alone, {_agreement(fresh)}.")
+        seeds = ", ".join(map(str, fresh["seeds"]))
+        said.append(f"Under further seeds alone ({seeds}), {_agreement(fresh)}.")
     if found is None:
         return said
     unread, now = sum(r["verdict"] == "uninterpretable" for r in found["claims"]), index["counts"]["uninterpretable"]
@@ -106,14 +107,6 @@ def _agreement(run: Mapping[str, Any]) -> str:
     """How many verdicts of a run are this copy's, and which are not."""
     but = f", all but {', '.join(f'`{name}`' for name in run['differ'])}" if run["differ"] else ""
     return f"{run['agree']} of {len(run['claims'])} verdicts are the same{but}"
-
-
-def _other_runs(
-    profile: str, rows: Sequence[Mapping[str, Any]], seeds: Sequence[int], experiments: Iterable[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Runs of the same claims beside this copy's, by kind."""
-    keys = earlier.keys_of(experiments)
-    return {kind: earlier.read(kind, profile, rows, seeds, keys) for kind in earlier.KINDS}
 
 
 def _fewer(index: Mapping[str, Any]) -> str:
@@ -220,6 +213,7 @@ def write_index(folder: Path) -> dict[str, Any]:
     ]
     counts = Counter(row["verdict"] for row in rows)
     prior = tomllib.loads((paths.repository() / "paper" / "prior.toml").read_text(encoding="utf-8"))
+    copy = earlier.Copy(rows, run[0] if run else {}, earlier.keys_of(experiments.values()))
     index = {
         "experiments": list(experiments),
         "sections": [
@@ -233,7 +227,7 @@ def write_index(folder: Path) -> dict[str, Any]:
         "gates": [{**g, "experiment": n} for n, content in experiments.items() for g in content["gates"]],
         "profile": run[0] if run else {},
         "fewer_seeds": {name: own for name, own in seeds.items() if own != everyone},
-        **_other_runs(folder.name, rows, everyone, experiments.values()),
+        **{kind: earlier.read(kind, folder.name, copy) for kind in earlier.KINDS},
         "values": {name: content["values"] for name, content in experiments.items() if content.get("values")},
         "provenance": {name: content["provenance"] for name, content in experiments.items()},
         "compute_minutes": _minutes(experiments.values()),
