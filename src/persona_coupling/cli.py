@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from persona_coupling import notebooks, outputs, paths, planning, processes, profiles, website
+from persona_coupling import notebooks, outputs, paths, planning, processes, website
 from persona_coupling.errors import GuardError, UserError
-from persona_coupling.study import STORED_ONLY, Design, Results, disagreement
+from persona_coupling.study import STORED_ONLY
 
 # Large blocks stay in the heap instead of being mapped and returned on every step: half the page faults on a CPU
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
@@ -227,48 +227,20 @@ def _keep(experiment: notebooks.Experiment, parameters: dict[str, Any], *, into:
 
 def combine(arguments: argparse.Namespace) -> None:
     """Join parts into the experiments' results of a profile. All are read and checked before any is replaced."""
-    name, kept = planning.profile_name(arguments.profile), planning.seeds(arguments.seeds)
+    from persona_coupling import evidence
+
+    name, seeds = planning.profile_name(arguments.profile), planning.seeds(arguments.seeds)
     joined = []
     for experiment in notebooks.discover():
         found = [Path(part) / experiment.name for part in arguments.parts]
         folders = [folder for folder in found if (folder / "record.json").is_file()]
         if folders:
-            joined.append((experiment, *_joined(experiment, name, folders, kept)))
+            joined.append((experiment, evidence.of_folders(experiment, name, folders, seeds)))
         else:
             print(f"  {experiment.name}: none of the parts has it")
-    for experiment, parts, results in joined:
+    for experiment, results in joined:
         results.save(experiment.results(name))
-        print(f"  {experiment.name}: {parts} parts, seeds {results.record['profile']['seeds']}")
-
-
-def _joined(experiment: notebooks.Experiment, name: str, folders: list[Path], kept: list[int]) -> tuple[int, Results]:
-    """How many parts of an experiment were joined, and what of them is to be kept: these seeds, all if none is named."""
-    from persona_coupling import evidence
-
-    def design(seeds: list[int]) -> Design:
-        return notebooks.design_of(experiment, {"profile": name, "seeds": seeds, "model": ""})
-
-    samples = {cell.condition: cell.evaluation.samples for cell in design([]).cells}
-    parts = [evidence.read(folder, samples) for folder in folders]
-    for part in parts:
-        if part.record["profile"]["name"] != name:
-            raise UserError(f"The parts are of the profile {part.record['profile']['name']}, not {name}.")
-    if kept:
-        run = sorted(seed for part in parts for seed in part.record["profile"]["seeds"])
-        absent = [seed for seed in kept if seed not in run]
-        if absent:
-            raise UserError(f"No part of {experiment.name} has the seeds {absent}; they have {run}.")
-        own = [[seed for seed in part.record["profile"]["seeds"] if seed in kept] for part in parts]
-        parts = [
-            evidence.choose(part, seeds, [stage.key for stage in design(seeds).stages()])
-            for part, seeds in zip(parts, own, strict=True)
-            if seeds
-        ]
-    results = evidence.combine(parts)
-    other = disagreement(results.record, profiles.load(name), design([]))
-    if other:
-        raise UserError(f"The parts in {', '.join(map(str, folders))} {other}. Make them again.")
-    return len(parts), results
+        print(f"  {experiment.name}: {len(results.record['parts'])} parts, seeds {results.record['profile']['seeds']}")
 
 
 def reproduce(arguments: argparse.Namespace) -> None:

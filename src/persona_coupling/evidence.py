@@ -13,11 +13,11 @@ from typing import Any
 
 import pandas as pd
 
-from persona_coupling import received, untrusted
+from persona_coupling import notebooks, profiles, received, untrusted
 from persona_coupling.errors import UserError
 from persona_coupling.provenance import JOINT
 from persona_coupling.store import sha256_of
-from persona_coupling.study import Results, read_table
+from persona_coupling.study import Design, Results, disagreement, read_table
 
 
 def read(folder: Path, samples: Mapping[str, int] | None = None) -> Results:
@@ -38,6 +38,38 @@ def read(folder: Path, samples: Mapping[str, int] | None = None) -> Results:
         tables[name] = read_table(table)
     results = Results(tables, record)
     received.check(results, folder, samples)
+    return results
+
+
+def of_folders(
+    experiment: notebooks.Experiment, profile: str, folders: Sequence[Path], seeds: Sequence[int] = ()
+) -> Results:
+    """An experiment's parts joined: these seeds alone, or all if none is named. Raises UserError for what `read`, `choose`
+    and `combine` refuse, a seed that no part has, and parts of another profile or design than this checkout's."""
+
+    def design(own: Sequence[int]) -> Design:
+        return notebooks.design_of(experiment, {"profile": profile, "seeds": list(own), "model": ""})
+
+    whole = design(())
+    parts = [read(folder, {cell.condition: cell.evaluation.samples for cell in whole.cells}) for folder in folders]
+    for part in parts:
+        if part.record["profile"]["name"] != profile:
+            raise UserError(f"The parts are of the profile {part.record['profile']['name']}, not {profile}.")
+    if seeds:
+        run = sorted(seed for part in parts for seed in part.record["profile"]["seeds"])
+        absent = [seed for seed in seeds if seed not in run]
+        if absent:
+            raise UserError(f"No part of {experiment.name} has the seeds {absent}; they have {run}.")
+        own = [[seed for seed in part.record["profile"]["seeds"] if seed in seeds] for part in parts]
+        parts = [
+            choose(part, kept, [stage.key for stage in design(kept).stages()])
+            for part, kept in zip(parts, own, strict=True)
+            if kept
+        ]
+    results = combine(parts)
+    other = disagreement(results.record, profiles.load(profile), whole)
+    if other:
+        raise UserError(f"The parts in {', '.join(map(str, folders))} {other}. Make them again.")
     return results
 
 
