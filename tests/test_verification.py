@@ -485,9 +485,11 @@ def test_a_rate_that_only_an_experiments_facts_hold_is_traced_as_a_power_of_ten(
     path = root / "paper" / "generated" / PROFILE / f"{NAME}.json"
     before = trace.sources(PROFILE).numbers
     content = json.loads(path.read_text())
-    content["facts"]["rates"] = {"low": 3.97e-9}
+    content["facts"]["rates"] = {"low": 0.000397}
     path.write_text(json.dumps(content))
-    assert trace.sources(PROFILE).numbers - before >= {"3.97", "−9"}
+    assert "3.97" in trace.sources(PROFILE).numbers - before
+    assert trace._as_power(0.000397) == {"3.97", "10", "−4"}
+    assert trace._as_power(0.5) == trace._as_power("0.0003") == set()
 
 
 def test_an_interval_is_traced_as_a_whole_and_words_over_line_breaks():
