@@ -162,9 +162,9 @@ def readme(measured: Measured, stages: Sequence[Stage]) -> str:
         )
     rows.append(["**all**", str(sum(one.number for one in found)), "", f"**{hours:.1f}**", gigabytes(peak)])
     head = ["work", "times", "minutes each", "GPU-hours", "GB at most"]
-    small = place() / pace.FILE
+    run = pace.stored()
     text = [
-        *([pace.sentence(outputs.read(small)), ""] if small.is_file() else []),
+        *([pace.sentence(run), ""] if run else []),
         f"The whole of `{PROFILE}`, {len(notebooks.discover())} experiments and {seeds} seeds, takes {hours:.0f} hours of "
         f"one {measured.device}, as measured with random weights in the model's exact shape:",
         "",
@@ -219,10 +219,9 @@ def document(measured: Measured, stages: Sequence[Stage]) -> str:
         "sampling": "\n".join(sampling_table(measured)),
         "rest": "\n".join(rest_table(measured)),
     }
-    beside = []
-    for name, section in ((pace.FILE, pace.section), ("shared.json", bench_shared.section)):
-        if (place() / name).is_file():
-            beside += ["", *section(outputs.read(place() / name))]
+    run, shared = pace.stored(), place() / "shared.json"
+    beside = ["", *pace.section(run)] if run else []
+    beside += ["", *bench_shared.section(outputs.read(shared))] if shared.is_file() else []
     return "\n".join([DOCUMENT.format(**values), *full_parameter(measured), *beside, ""])
 
 
@@ -362,7 +361,8 @@ def write() -> list[Path]:
     document_path, readme_path = paths.repository() / "docs" / "COST.md", paths.repository() / "README.md"
     text = readme_path.read_text(encoding="utf-8")
     outputs.write(document_path, document(measured, stages))
-    if (place() / pace.FILE).is_file():
-        pace.draw(outputs.read(place() / pace.FILE))
+    run = pace.stored()
+    if run:
+        pace.draw(run)
     outputs.write(readme_path, outputs.between(text, BEGINS, ENDS, readme(measured, stages), "README.md"))
     return [document_path, readme_path]

@@ -82,6 +82,12 @@ def measured(made: Sequence[Made], seeds: Sequence[int], wall: float) -> dict[st
     return {"wall_seconds": wall, "stages": len(made), "shares": list(SHARES), "seeds": curves, "kinds": kinds}
 
 
+def stored() -> dict[str, Any] | None:
+    """The measurement that is kept here; None where there is none."""
+    path = place() / FILE
+    return outputs.read(path) if path.is_file() else None
+
+
 def whole_after(content: Mapping[str, Any]) -> list[tuple[str, float]]:
     """Seeds in their order, each with the seconds after which it and all before it were whole."""
     latest, found = 0.0, []
@@ -135,8 +141,10 @@ def sentence(content: Mapping[str, Any]) -> str:
 
 
 def _line(what: str, spent: Sequence[Mapping[str, int | float]]) -> list[str]:
+    from persona_coupling.cost_tables import minutes
+
     number, seconds = sum(one["number"] for one in spent), sum(one["seconds"] for one in spent)
-    return [what, f"{number:,}", f"{seconds / number:.1f}", f"{seconds / 60:.1f}"]
+    return [what, f"{number:,}", f"{seconds / number:.1f}", minutes(seconds)]
 
 
 def points(content: Mapping[str, Any]) -> pd.DataFrame:
